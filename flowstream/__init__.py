@@ -1,0 +1,1 @@
+"""flowstream: online FLOW for any data loader."""

@@ -1,0 +1,1 @@
+"""The command line: one file a command. Options are light to import; torch comes when a command runs."""

@@ -1,0 +1,123 @@
+"""The outcomes of all seeds, brought together into one `Results`."""
+
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers import PreTrainedModel
+
+from flowstream.demo.evaluation import decode_answers
+from flowstream.demo.experiment import SeedOutcome, Task
+from flowstream.demo.feeds import BASELINE, METHODS
+from flowstream.demo.preparation import Prepared
+from flowstream.demo.problems import LEVELS
+from flowstream.demo.results import Figure, MethodResult, ProblemSample, Results, RunResult, Temperature
+
+_NUM_SHOWN = 3
+"""Problems shown from each end."""
+
+
+def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[str, float]) -> Results:
+    """All that the report shows. The reference and its losses are the same for every seed; the first one's are taken."""
+    task, first = prepared.task, outcomes[0]
+    runs = [run for outcome in outcomes for run in outcome.runs]
+    return Results(
+        settings={"seeds": [outcome.seed for outcome in outcomes], **asdict(task.settings)},
+        versions=_versions(),
+        corpus={
+            "train_chars": prepared.num_train_chars,
+            "train_tokens": prepared.num_train_tokens,
+            "pretraining_tokens": task.settings.model.steps * task.settings.model.batch * task.settings.model.context,
+            "validation_tokens": task.validation_text.numel(),
+            "test_tokens": task.test_text.numel(),
+        },
+        parameters=first.chosen.num_parameters(),
+        pretraining_loss=prepared.losses,
+        reference=first.reference,
+        loss_by_level={
+            level: tuple(
+                float(loss)
+                for loss, problem in zip(first.offline.loss, task.problems, strict=True)
+                if problem.level == level
+            )
+            for level in LEVELS
+        },
+        temperature=_temperature(outcomes),
+        runs=tuple(runs),
+        curves=tuple(outcome.judged.curve for outcome in outcomes),
+        methods={method: _method(method, outcomes, runs) for method in METHODS},
+        samples=_samples(task, first),
+        seconds=seconds,
+    )
+
+
+def _temperature(outcomes: Sequence[SeedOutcome]) -> Temperature:
+    exact = outcomes[0].offline.tau
+    return Temperature(
+        exact=exact,
+        exact_ess=outcomes[0].offline.effective_fraction,
+        online={outcome.seed: outcome.windows for outcome in outcomes},
+        relative_error=max(abs(outcome.windows[-1].tau / exact - 1) for outcome in outcomes),
+    )
+
+
+def _method(method: str, outcomes: Sequence[SeedOutcome], runs: Sequence[RunResult]) -> MethodResult:
+    own = [run for run in runs if run.method == method]
+    ends = [run.points[-1] for run in own]
+    flops = statistics.fmean(end.flops for end in ends)
+    baseline = statistics.fmean(run.points[-1].flops for run in runs if run.method == BASELINE)
+    scoring = statistics.fmean(2 * end.score_tokens / (6 * end.train_tokens + 2 * end.score_tokens) for end in ends)
+    figures = {
+        budget: Figure.of([outcome.judged.choices[budget][method] for outcome in outcomes])
+        for budget in ("equal_steps", "equal_flops")
+    }
+    return MethodResult(
+        title=METHODS[method],
+        equal_steps=figures["equal_steps"],
+        equal_flops=figures["equal_flops"],
+        curve_gain=tuple(outcome.judged.curve_gain[method] for outcome in outcomes),
+        flops_ratio=flops / baseline,
+        score_share=scoring,
+        num_samples=statistics.fmean(run.num_samples for run in own),
+        acceptance=statistics.fmean(run.acceptance for run in own),
+        seconds=statistics.fmean(run.seconds for run in own),
+        score_seconds=statistics.fmean(run.score_seconds for run in own),
+    )
+
+
+def _samples(task: Task, outcome: SeedOutcome) -> tuple[ProblemSample, ...]:
+    order = outcome.offline.loss.argsort().tolist()
+    shown = order[:_NUM_SHOWN] + order[-_NUM_SHOWN:]
+    problems = [task.problems[number] for number in shown]
+    model: PreTrainedModel = outcome.chosen
+    decoded = decode_answers(model, task.encoder(), [problem.question for problem in problems])
+    return tuple(
+        ProblemSample(
+            level=problem.level,
+            question=problem.question,
+            worked=problem.worked,
+            loss=float(outcome.offline.loss[number]),
+            weight=float(outcome.offline.weight[number]),
+            decoded=answer,
+        )
+        for number, problem, answer in zip(shown, problems, decoded, strict=True)
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("flowstream", "torch", "transformers", "tokenizers", "webdataset", "matplotlib")
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"

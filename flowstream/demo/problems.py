@@ -1,0 +1,144 @@
+"""The fine-tuning problems: generated word problems with worked answers, from one step of code to long arithmetic."""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question, its worked answer, and the number that the answer must end in."""
+
+    key: str
+    level: str
+    """One of `LEVELS`, from near to the pre-training text to far from it."""
+    question: str
+    worked: str
+    """Ends in `Answer: <number>`."""
+    answer: int
+
+
+def make_problems(num_problems: int, seed: int, exclude: Sequence[Problem] = ()) -> list[Problem]:
+    """Distinct problems, levels in turn, then shuffled; none asks what one of `exclude` asks."""
+    rng = random.Random(seed)
+    asked = {problem.question for problem in exclude}
+    names = list(LEVELS)
+    problems: list[Problem] = []
+    while len(problems) < num_problems:
+        level = names[len(problems) % len(names)]
+        question, worked, answer = LEVELS[level](rng)
+        if question not in asked:
+            asked.add(question)
+            key = f"{seed:04d}-{len(problems):06d}"
+            problems.append(
+                Problem(key=key, level=level, question=question, worked=f"{worked}\nAnswer: {answer}", answer=answer)
+            )
+    rng.shuffle(problems)
+    return problems
+
+
+def read_answer(text: str) -> int | None:
+    """The number after the last `Answer:`, or None where there is none."""
+    found = re.findall(r"Answer: (-?\d+)\b", text)
+    return int(found[-1]) if found else None
+
+
+_PARTS = ("bytes", "entries", "files", "items", "keys", "lines", "names", "objects", "threads", "values")
+_PLACES = ("buffer", "cache", "dict", "directory", "list", "module", "queue", "stream")
+_PEOPLE = (
+    "Amara",
+    "Bjorn",
+    "Chloe",
+    "Dmitri",
+    "Farida",
+    "Hiroshi",
+    "Ingrid",
+    "Mateo",
+    "Noor",
+    "Priya",
+    "Tomasz",
+    "Zanele",
+)
+_GOODS = ("apples", "bricks", "candles", "eggs", "melons", "mugs", "pencils", "shirts", "stamps", "tiles")
+
+
+def _code(rng: random.Random) -> tuple[str, str, int]:
+    """One step between small numbers; the answer is worked as methods of a class."""
+    part, place = rng.choice(_PARTS), rng.choice(_PLACES)
+    start, change = rng.randint(2, 12), rng.randint(1, 9)
+    adds = start <= change or rng.random() < 0.5
+    event, sign = ("are added to it", "+") if adds else ("are removed from it", "-")
+    answer = start + change if adds else start - change
+    question = f"A {place} has {start} {part}, then {change} {part} {event}. Return the number of {part}."
+    worked = (
+        f"    def __init__(self, *args, **kwargs):\n"
+        f"        super().__init__(*args, **kwargs)\n"
+        f"        self.{part} = {start}\n"
+        f"\n"
+        f"    def __len__(self):\n"
+        f'        """Return the number of {part}."""\n'
+        f"        return self.{part} {sign} {change}\n"
+    )
+    return question, worked, answer
+
+
+def _prose(rng: random.Random) -> tuple[str, str, int]:
+    """Two steps, worked in the English of docstrings."""
+    part, place = rng.choice(_PARTS), rng.choice(_PLACES)
+    start, added = rng.randint(4, 20), rng.randint(2, 9)
+    total = start + added
+    removed = rng.randint(1, min(9, total - 1))
+    answer = total - removed
+    question = (
+        f"There are {start} {part} in the {place}. If {added} are added and {removed} are removed, how many are left?"
+    )
+    worked = (
+        f"If {added} are added, the number of {part} in the {place} is {start} + {added} = {total}. "
+        f"If {removed} are removed, the result is {total} - {removed} = {answer}."
+    )
+    return question, worked, answer
+
+
+def _steps(rng: random.Random) -> tuple[str, str, int]:
+    """Three steps of school arithmetic, worked as equations."""
+    person, friend = rng.sample(_PEOPLE, 2)
+    goods = rng.choice(_GOODS)
+    boxes, each, more = rng.randint(2, 9), rng.randint(3, 12), rng.randint(2, 30)
+    product = boxes * each
+    total = product + more
+    given = rng.randint(1, total - 1)
+    answer = total - given
+    question = f"{person} buys {boxes} boxes of {each} {goods}, finds {more} more and gives {given} to {friend}. How many are left?"
+    worked = f"{boxes} * {each} = {product}\n{product} + {more} = {total}\n{total} - {given} = {answer}"
+    return question, worked, answer
+
+
+def _long(rng: random.Random) -> tuple[str, str, int]:
+    """Four steps with numbers of three and four digits."""
+    person, goods = rng.choice(_PEOPLE), rng.choice(_GOODS)
+    first, second, price = rng.randint(120, 480), rng.randint(120, 480), rng.randint(3, 9)
+    grown = first + second
+    lost = rng.randint(11, 99)
+    left = grown - lost
+    earned = left * price
+    wages = rng.randint(101, left)
+    answer = earned - wages
+    question = (
+        f"{person} makes {first} {goods} in May, {second} in June. {lost} break, the others sell for {price} each. "
+        f"The wages are {wages}. What is left?"
+    )
+    worked = (
+        f"{first} + {second} = {grown}\n{grown} - {lost} = {left}\n"
+        f"{left} * {price} = {earned}\n{earned} - {wages} = {answer}"
+    )
+    return question, worked, answer
+
+
+LEVELS: dict[str, Callable[[random.Random], tuple[str, str, int]]] = {
+    "code": _code,
+    "prose": _prose,
+    "steps": _steps,
+    "long": _long,
+}
+"""Level → generator of (question, worked answer, answer). The first two speak the language of the pre-training text."""

@@ -1,0 +1,88 @@
+"""`flowstream demo` from the first byte to the report, with its progress on the terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flowstream.demo.collection import collect
+from flowstream.demo.experiment import Settings, run_seed
+from flowstream.demo.feeds import METHODS
+from flowstream.demo.preparation import prepare
+from flowstream.demo.report import summary_rows, verdict, write_report
+from flowstream.demo.results import Results
+
+
+def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
+    """Run everything, write `results.json` and `report.html` to `out`, and print a summary."""
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with _quiet_transformers(), Progress(*columns, console=console) as progress:
+        bar = progress.add_task("pre-training", total=settings.model.steps)
+        with _timed(seconds, "pre-training"):
+            prepared = prepare(settings, out, lambda step: progress.update(bar, completed=step + 1))
+        num_runs = len(seeds) * len(METHODS) * len(settings.learning_rates)
+        bar = progress.add_task("fine-tuning", total=num_runs)
+
+        def begin(what: str) -> None:
+            progress.update(bar, description=what)
+
+        with _timed(seconds, "fine-tuning"):
+            outcomes = [run_seed(prepared.task, seed, begin) for seed in seeds]
+    seconds["total"] = time.perf_counter() - began
+    results = collect(prepared, outcomes, seconds)
+    results.save(out / "results.json")
+    write_report(results, out / "report.html")
+    _summarise(results, console)
+    console.print(f"Report: {out / 'report.html'}", highlight=False)
+    return results
+
+
+def _summarise(results: Results, console: Console) -> None:
+    head, rows = summary_rows(results)
+    table = Table(
+        title="Gain: retained loss below standard's curve at equal target, test split, nats a token",
+        title_justify="left",
+    )
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(results), highlight=False)
+    temperature = results.temperature
+    console.print(
+        f"τ: exact {temperature.exact:.4f} nats, online within {100 * temperature.relative_error:.2f} % at the end. "
+        f"ESS/n {temperature.exact_ess:.3f}. {results.seconds['total']:.0f} s.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the bars that loading and saving a small model draw."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,467 @@
+"""A mergeable sketch of a distribution, from which any quantile can be read: the merging t-digest, in numpy."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Digest"]
+
+Floats = NDArray[np.float64]
+
+_BUFFER_PER_CENTROID = 4
+_UNIFORM_SHARE = 0.5
+_HEADER = struct.Struct("<4sIIIQddd")
+_MAGIC = b"fsd1"
+_STATE_VERSION = 1
+
+
+class _Centroids(NamedTuple):
+    """Sorted centroids, and the nodes (cumulative weight, value) between which quantiles are interpolated."""
+
+    means: Floats
+    weights: Floats
+    positions: Floats
+    values: Floats
+
+
+class Digest:
+    """A t-digest: at most `max_centroids` weighted means that stand for any number of values.
+
+    Source: Dunning & Ertl 2019, "Computing extremely accurate quantiles using t-digests", arXiv 1902.04023, the merging
+    variant. Three choices are ours:
+
+    - The scale function is half uniform and half square root, `k(q) = q/2 + √(q/8)` for q ≤ ½ and its mirror image
+      above. The paper's functions spend their centroids on the tails; τ is a median, and a centroid there holds .27 %
+      of the weight (.31 % under the paper's k₁, more under k₂ and k₃), while the tails still end in single values. It
+      needs nothing but square roots, which IEEE rounds alike on every CPU: equal input gives equal bits on every rank.
+    - Centroids are cut on a fixed grid of k instead of greedily, so that a compression is a sort and a `reduceat`.
+    - As long as there are no more values than centroids nothing is averaged, and quantiles are numpy's (linear).
+
+    Values are collected in a buffer and compressed when it is full, so that `add` costs some .1 µs a value. How values
+    were cut into calls of `add` does not matter, and reading (quantiles, state, message) changes nothing of what comes
+    later. A share of all values that are equal stays an atom: centroids never leave the range of their values.
+
+    Args:
+        max_centroids: at least 8. 500 of them put the median of a million values within 1e-3 of the exact one, mostly
+            within 1e-4; twice as many halve the error's variance, no more, since it is the noise within a centroid.
+
+    Raises:
+        ValueError: `max_centroids` below 8.
+
+    Example:
+        >>> digest = Digest()
+        >>> digest.add(np.array([3.0, 1.0, 2.0]))
+        >>> digest.quantile(0.5)
+        2.0
+    """
+
+    def __init__(self, max_centroids: int = 500) -> None:
+        if max_centroids < 8:
+            raise ValueError(f"max_centroids must be at least 8, got {max_centroids!r}")
+        self.max_centroids = int(max_centroids)
+        self._means: Floats = np.empty(0)
+        self._weights: Floats = np.empty(0)
+        self._buffer_values: Floats = np.empty(_BUFFER_PER_CENTROID * self.max_centroids)
+        self._buffer_weights: Floats = np.empty_like(self._buffer_values)
+        self._num_buffered = 0
+        self._num_values = 0
+        self._sum_squares = 0.0
+        self._minimum = np.inf
+        self._maximum = -np.inf
+        self._cached: _Centroids | None = None
+
+    # -- what goes in ------------------------------------------------------------------------------
+
+    def add(self, values: ArrayLike, weights: ArrayLike | None = None) -> None:
+        """Add values `[N]`, each with weight 1 or its own (`weights` `[N]`, ≥ 0). Any shape is flattened, in float64.
+
+        Raises:
+            ValueError: a value that is NaN or infinite, a weight that is negative or not finite, shapes that differ.
+        """
+        flat = np.asarray(values, dtype=np.float64).reshape(-1)
+        if not np.isfinite(flat).all():
+            count = int(flat.size - np.isfinite(flat).sum())
+            raise ValueError(f"a digest holds finite values: {count} of {flat.size} are NaN or infinite, mask them out")
+        if weights is None:
+            self._num_values += flat.size
+            self._sum_squares += flat.size
+            self._append(flat, 1.0)
+            return
+        flat_weights = np.asarray(weights, dtype=np.float64).reshape(-1)
+        if flat_weights.shape != flat.shape:
+            raise ValueError(f"one weight a value is needed, got {flat_weights.size} weights for {flat.size} values")
+        if not (np.isfinite(flat_weights).all() and (flat_weights >= 0).all()):
+            raise ValueError("weights must be finite and not negative")
+        self._num_values += flat.size
+        self._sum_squares += float((flat_weights * flat_weights).sum())
+        self._append(flat, flat_weights)
+
+    def merge(self, other: Digest) -> None:
+        """Add all that `other` holds. `other` does not change; the order of merges matters in the last digits only."""
+        centroids, minimum, maximum = other._centroids(), other.minimum, other.maximum
+        self._num_values += other._num_values
+        self._sum_squares += other._sum_squares
+        if centroids.means.size:
+            self._append(centroids.means, centroids.weights)
+            self._minimum, self._maximum = min(self._minimum, minimum), max(self._maximum, maximum)
+
+    @classmethod
+    def merged(cls, digests: Sequence[Digest]) -> Digest:
+        """All `digests` in one, taken in order and compressed once, with as many centroids as the largest may have."""
+        result = cls(max((digest.max_centroids for digest in digests), default=500))
+        parts = [digest._centroids() for digest in digests]
+        if parts:
+            result._means, result._weights = _compressed(
+                np.concatenate([part.means for part in parts]),
+                np.concatenate([part.weights for part in parts]),
+                result.max_centroids,
+            )
+        filled = [digest for digest in digests if digest._centroids().means.size]
+        result._minimum = min((digest.minimum for digest in filled), default=np.inf)
+        result._maximum = max((digest.maximum for digest in filled), default=-np.inf)
+        result._num_values = sum(digest._num_values for digest in digests)
+        result._sum_squares = sum(digest._sum_squares for digest in digests)
+        return result
+
+    def scale(self, factor: float) -> None:
+        """Multiply every weight by `factor` (≥ 0): exponential decay, one step at a time. `num_values` stays.
+
+        Raises:
+            ValueError: a factor that is negative or not finite.
+        """
+        if not (np.isfinite(factor) and factor >= 0):
+            raise ValueError(f"a digest is scaled by a finite factor ≥ 0, got {factor!r}")
+        self._weights = self._weights * factor
+        self._buffer_weights[: self._num_buffered] *= factor
+        self._sum_squares *= factor * factor
+        self._cached = None
+
+    def copy(self) -> Digest:
+        """An independent copy that goes on exactly as this one would."""
+        return Digest.from_state_dict(self.state_dict())
+
+    # -- what can be read --------------------------------------------------------------------------
+
+    @property
+    def num_values(self) -> int:
+        """How many values were added, whatever their weight."""
+        return self._num_values
+
+    @property
+    def means(self) -> Floats:
+        """Means of the centroids, ascending: `[C]` float64, C ≤ `max_centroids`."""
+        return self._centroids().means.copy()
+
+    @property
+    def weights(self) -> Floats:
+        """Weights of the centroids, in the order of `means`: `[C]` float64."""
+        return self._centroids().weights.copy()
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of all weights."""
+        return float(self._centroids().weights.sum())
+
+    @property
+    def sum_squares(self) -> float:
+        """Σw² over the values added."""
+        return float(self._sum_squares)
+
+    @property
+    def effective_size(self) -> float:
+        """(Σw)²/Σw² over the values added: how many equally weighted values know as much."""
+        if self._sum_squares <= 0:
+            return float(self._num_values if self.total_weight > 0 else 0)
+        return min(self.total_weight**2 / self._sum_squares, float(self._num_values))
+
+    @property
+    def minimum(self) -> float:
+        """Smallest value ever added; nan when there is none."""
+        values = self._centroids().values
+        return float(values[0]) if values.size else float("nan")
+
+    @property
+    def maximum(self) -> float:
+        """Largest value ever added; nan when there is none."""
+        values = self._centroids().values
+        return float(values[-1]) if values.size else float("nan")
+
+    def quantile(self, q: float) -> float:
+        """The value below which a share `q` of the weight lies; nan when the digest is empty.
+
+        Raises:
+            ValueError: `q` outside [0, 1].
+        """
+        _check_share(q)
+        positions, values = self._centroids()[2:]
+        if not values.size:
+            return float("nan")
+        target = positions[0] + q * (positions[-1] - positions[0])
+        right = min(max(int(np.searchsorted(positions, target, side="right")), 1), values.size - 1)
+        return _between(target, positions[right - 1 : right + 1], values[right - 1 : right + 1])
+
+    def cdf(self, x: float) -> float:
+        """The share of the weight at or below `x`, the inverse of `quantile`; nan when the digest is empty."""
+        positions, values = self._centroids()[2:]
+        if not values.size:
+            return float("nan")
+        right = int(np.searchsorted(values, x, side="right"))
+        if right in (0, values.size):
+            return float(right > 0)
+        position = _between(x, values[right - 1 : right + 1], positions[right - 1 : right + 1])
+        return float((position - positions[0]) / (positions[-1] - positions[0]))
+
+    def density(self, q: float) -> float:
+        """Density of the distribution at its `q`-quantile, per unit of value; inf at an atom, nan when empty.
+
+        A central difference of quantiles over the bandwidth of Hall & Sheather 1988 (JRSS B 50, 381), the one made for
+        confidence intervals, at the effective size.
+
+        Raises:
+            ValueError: `q` outside [0, 1].
+        """
+        _check_share(q)
+        size = self.effective_size
+        if not size:
+            return float("nan")
+        score = NormalDist().inv_cdf(min(max(q, 1e-6), 1 - 1e-6))
+        height = NormalDist().pdf(score)
+        bandwidth = size ** (-1 / 3) * 1.96 ** (2 / 3) * (1.5 * height**2 / (2 * score**2 + 1)) ** (1 / 3)
+        low, high = max(q - bandwidth, 0.0), min(q + bandwidth, 1.0)
+        span = self.quantile(high) - self.quantile(low)
+        return (high - low) / span if span > 0 else float("inf")
+
+    def standard_error(self, q: float) -> float:
+        """Standard error of the `q`-quantile as an estimate of the source's: √(q(1-q)/n) / density; nan when empty.
+
+        n is the effective size, so that decayed weights widen it. Values are taken as independent.
+        """
+        density = self.density(q)
+        return float(np.sqrt(q * (1 - q) / self.effective_size) / density) if density == density else float("nan")
+
+    # -- how it travels ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, the buffer included, as plain values and float64 tensors (`torch.load(weights_only=True)`)."""
+        return {
+            "version": _STATE_VERSION,
+            "max_centroids": self.max_centroids,
+            "means": torch.tensor(self._means),
+            "weights": torch.tensor(self._weights),
+            "buffer_values": torch.tensor(self._buffer_values[: self._num_buffered]),
+            "buffer_weights": torch.tensor(self._buffer_weights[: self._num_buffered]),
+            "num_values": self._num_values,
+            "sum_squares": float(self._sum_squares),
+            "minimum": float(self._minimum),
+            "maximum": float(self._maximum),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Digest:
+        """The digest that `state_dict` described: it goes on to the bit as the first would have.
+
+        Raises:
+            ValueError: a state of another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"a digest's state of version {state.get('version')!r} was given, this reads {_STATE_VERSION}"
+            )
+        result = cls(state["max_centroids"])
+        result._means, result._weights = state["means"].numpy().copy(), state["weights"].numpy().copy()
+        result._num_buffered = len(state["buffer_values"])
+        result._buffer_values[: result._num_buffered] = state["buffer_values"].numpy()
+        result._buffer_weights[: result._num_buffered] = state["buffer_weights"].numpy()
+        result._num_values, result._sum_squares = state["num_values"], state["sum_squares"]
+        result._minimum, result._maximum = state["minimum"], state["maximum"]
+        return result
+
+    @staticmethod
+    def num_bytes(max_centroids: int = 500) -> int:
+        """Length of `to_bytes`, whatever the digest holds: 8,048 bytes for 500 centroids."""
+        return _HEADER.size + 16 * max_centroids
+
+    def to_bytes(self) -> bytes:
+        """A message of fixed length, little-endian: header, means, weights. Read back, it gives the same quantiles."""
+        centroids = self._centroids()
+        size = centroids.means.size
+        body = np.zeros((2, self.max_centroids), dtype="<f8")
+        body[0, :size], body[1, :size] = centroids.means, centroids.weights
+        ends = (self.minimum, self.maximum) if size else (self._minimum, self._maximum)
+        return (
+            _HEADER.pack(_MAGIC, self.max_centroids, size, 0, self._num_values, self._sum_squares, *ends)
+            + body.tobytes()
+        )
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Digest:
+        """The digest in a message of `to_bytes`.
+
+        Raises:
+            ValueError: bytes that are no such message.
+        """
+        if len(message) < _HEADER.size or message[:4] != _MAGIC:
+            raise ValueError(f"these {len(message)} bytes are not a digest's message")
+        _, max_centroids, size, _, num_values, sum_squares, minimum, maximum = _HEADER.unpack_from(message)
+        if len(message) != cls.num_bytes(max_centroids):
+            raise ValueError(f"a digest's message has {cls.num_bytes(max_centroids)} bytes, got {len(message)}")
+        result = cls(max_centroids)
+        body = np.frombuffer(message, dtype="<f8", offset=_HEADER.size).reshape(2, max_centroids).astype(np.float64)
+        result._means, result._weights = body[0, :size].copy(), body[1, :size].copy()
+        result._num_values, result._sum_squares = num_values, sum_squares
+        result._minimum, result._maximum = minimum, maximum
+        return result
+
+    def to_tdigest(self) -> Any:
+        """The same centroids as a `tdigest.TDigest`; draws nothing on Python's `random`.
+
+        Raises:
+            ImportError: the package is not installed.
+        """
+        tdigest = _import_tdigest()
+        result = tdigest.TDigest()
+        centroids = self._centroids()
+        means, starts = np.unique(centroids.means, return_index=True)
+        weights = np.add.reduceat(centroids.weights, starts) if means.size else means
+        for mean, weight in zip(means.tolist(), weights.tolist(), strict=True):
+            result.C.insert(mean, tdigest.tdigest.Centroid(mean, weight))
+            result.n += weight
+        return result
+
+    @classmethod
+    def from_tdigest(
+        cls, tdigest: Any, max_centroids: int = 500, num_values: int | None = None, sum_squares: float | None = None
+    ) -> Digest:
+        """A `tdigest.TDigest`'s centroids, and what it does not know: how many values it saw, and Σw² of their weights.
+
+        Left out, both are its total count, which is right where every value had weight 1.
+        """
+        result = cls(max_centroids)
+        pairs = np.array([[c["m"], c["c"]] for c in tdigest.centroids_to_list()], dtype=np.float64).reshape(-1, 2)
+        result.add(pairs[:, 0], pairs[:, 1])
+        total = float(pairs[:, 1].sum())
+        result._num_values = round(total) if num_values is None else num_values
+        result._sum_squares = total if sum_squares is None else sum_squares
+        return result
+
+    def __repr__(self) -> str:
+        median = self.quantile(0.5)
+        return f"Digest(num_values={self.num_values}, total_weight={self.total_weight:.6g}, median={median:.6g})"
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _append(self, values: Floats, weights: Floats | float) -> None:
+        """Fill the buffer to its brim, compress, go on: the result depends on the sequence of values alone."""
+        self._cached = None
+        start = 0
+        while start < values.size:
+            stop = min(values.size, start + self._buffer_values.size - self._num_buffered)
+            free = slice(self._num_buffered, self._num_buffered + stop - start)
+            self._buffer_values[free] = values[start:stop]
+            self._buffer_weights[free] = weights if isinstance(weights, float) else weights[start:stop]
+            self._num_buffered, start = free.stop, stop
+            if self._num_buffered == self._buffer_values.size:
+                centroids = self._centroids()
+                self._means, self._weights = centroids.means, centroids.weights
+                if centroids.values.size:
+                    self._minimum, self._maximum = float(centroids.values[0]), float(centroids.values[-1])
+                self._num_buffered = 0
+                self._cached = None
+
+    def _centroids(self) -> _Centroids:
+        """Centroids and buffer, compressed into one. A view for readers: it leaves both as they are."""
+        if self._cached is None:
+            buffered = self._buffer_values[: self._num_buffered]
+            buffer_weights = self._buffer_weights[: self._num_buffered]
+            means, weights = self._means, self._weights
+            if buffered.size or not (weights > 0).all():
+                # Equal weights need no permutation, and a sort by value alone is three times as fast.
+                if buffered.size and (buffer_weights == buffer_weights[0]).all():
+                    buffered = np.sort(buffered)
+                means, weights = _compressed(
+                    np.concatenate([means, buffered]), np.concatenate([weights, buffer_weights]), self.max_centroids
+                )
+            minimum = min(self._minimum, buffered.min(initial=np.inf))
+            maximum = max(self._maximum, buffered.max(initial=-np.inf))
+            self._cached = _with_nodes(means, weights, minimum, maximum, self._num_values, self._sum_squares)
+        return self._cached
+
+
+@lru_cache(maxsize=8)
+def _grid(max_centroids: int) -> Floats:
+    """Left edges in q of the centroids' cells: the scale function's inverse, by the solution of a quadratic in √q."""
+    k = np.arange(max_centroids) / max_centroids
+    root = (1 - _UNIFORM_SHARE) / np.sqrt(2)
+    lower_k = np.minimum(k, 1 - k)
+    lower_q = ((np.sqrt(root * root + 4 * _UNIFORM_SHARE * lower_k) - root) / (2 * _UNIFORM_SHARE)) ** 2
+    return np.asarray(np.where(k <= 0.5, lower_q, 1 - lower_q))
+
+
+def _compressed(values: Floats, weights: Floats, max_centroids: int) -> tuple[Floats, Floats]:
+    """Sorted centroids `[C]` of weighted values `[N]`: C = N while that is few enough, else at most `max_centroids`."""
+    if not (weights > 0).all():
+        values, weights = values[weights > 0], weights[weights > 0]
+    order = np.argsort(values, kind="stable")
+    values, weights = values[order] + 0.0, weights[order]
+    if values.size <= max_centroids:
+        return values, weights
+    right_edges = np.cumsum(weights)
+    middles = np.concatenate([right_edges[:1], right_edges[:-1] + right_edges[1:]])
+    middles[1:] *= 0.5
+    middles[0] *= 0.5
+    cells = np.searchsorted(middles, _grid(max_centroids) * right_edges[-1])
+    starts = np.unique(cells[cells < values.size])
+    sums = np.add.reduceat(weights, starts)
+    means = np.add.reduceat(values * weights, starts) / sums
+    last = np.append(starts[1:], values.size) - 1
+    # Rounding must neither move an atom nor let neighbours change places.
+    return np.clip(means, values[starts], values[last]), sums
+
+
+def _with_nodes(
+    means: Floats, weights: Floats, minimum: float, maximum: float, num_values: int, sum_squares: float
+) -> _Centroids:
+    """Add the nodes: every centroid at the middle of its weight, the extremes half a value's weight from the ends.
+
+    With equal weights and single values the nodes are then numpy's for linear quantiles.
+    """
+    if not means.size:
+        return _Centroids(means, weights, means, means)
+    right_edges = np.cumsum(weights)
+    middles = right_edges - 0.5 * weights
+    total = right_edges[-1]
+    half_value = 0.5 * max(sum_squares / total, total / max(num_values, 1))
+    positions = np.empty(means.size + 2)
+    positions[0], positions[-1] = min(half_value, middles[0]), max(total - half_value, middles[-1])
+    positions[1:-1] = np.maximum.accumulate(middles)
+    values = np.empty(means.size + 2)
+    values[0], values[1:-1], values[-1] = minimum, means, maximum
+    return _Centroids(means, weights, positions, values)
+
+
+def _between(x: float, xs: Floats, ys: Floats) -> float:
+    """The line through two nodes at `x`, within the nodes' own range whatever the rounding."""
+    width = xs[1] - xs[0]
+    share = min(max((x - xs[0]) / width, 0.0), 1.0) if width > 0 else 0.0
+    return float(min(max(ys[0] + share * (ys[1] - ys[0]), ys[0]), ys[1]))
+
+
+def _check_share(q: float) -> None:
+    if not 0 <= q <= 1:
+        raise ValueError(f"a quantile is asked for by a share in [0, 1], got {q!r}")
+
+
+def _import_tdigest() -> Any:
+    try:
+        import tdigest
+    except ImportError as error:
+        raise ImportError("the tdigest package is not installed: pip install 'flowstream[tdigest]'") from error
+    return tdigest

@@ -1,0 +1,256 @@
+"""One pass over the loader: the loop that makes a window while the one before it is delivered."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flowstream.batch import num_bytes, num_rows, num_samples
+from flowstream.making import Kept, Recipe, Shape, Terms, Window
+from flowstream.progress import Progress
+from flowstream.recollate import Row
+from flowstream.resampled import ResampledWindow
+from flowstream.running import Running
+from flowstream.scoring.base import Scorer
+from flowstream.scoring.cache import LossCache
+from flowstream.settings import Settings, window_size
+from flowstream.source import ReadAhead
+from flowstream.weighted import WeightedWindow
+
+_SCORED_BY = 0.75
+"""The share of a window's delivery at which the next one is scored: what is left hides the ranks' agreement."""
+
+_TYPICAL_WEIGHT = 0.4
+"""Mean weight at τ = median on common loss laws (.37-.43), until the stream has its own."""
+
+
+class Epoch:
+    """Owns the position: the window in delivery, the one in the making, and the batches queued for the one after."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        scorer: Scorer,
+        cache: LossCache | None,
+        running: Running,
+        reader: ReadAhead,
+        number: int,
+        progress: Progress | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.number = number
+        self.num_delivered = 0
+        self._settings = settings
+        self._scorer = scorer
+        self._cache = cache
+        self._running = running
+        self._reader = reader
+        self._progress = progress
+        self._resume = state
+        self._recipe: Recipe | None = None
+        self._shape = Shape(1)
+        self._making: Window | None = None
+        self._current: Window | None = None
+        self._anchor: dict[str, Any] = {}
+        self._position = 0
+        self._first_position = 0
+        self._num_due = 0
+        self._num_pulled = 0
+        self._done = False
+        self._entered_at = math.nan
+
+    def next(self) -> Any:
+        """The next batch. `StopIteration` at the end; what the loader raises, after the batches that came before it."""
+        if self._done:
+            raise StopIteration
+        if self._making is None:
+            self._start()
+        if self._current is None or self._position >= self._current.num_deliveries:
+            self._enter()
+        assert self._current is not None
+        self._work_ahead(self._current)
+        num_samples_delivered = self._current.num_samples_at(self._position)
+        batch = self._current.deliver(self._position)
+        # From here on the batch counts as delivered: nothing below may fail.
+        self._position += 1
+        self.num_delivered += 1
+        self._running.num_emitted += num_samples_delivered
+        return batch
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is delivered; known as soon as the last batch is."""
+        if self._done:
+            return True
+        at_end = self._current is not None and self._position >= self._current.num_deliveries
+        return at_end and self._making is not None and self._making.ended
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The consumer's position within the epoch; `None` before the first batch."""
+        if self._current is None:
+            return None
+        return {**self._anchor, "delivered": self._position, "num_emitted": self._running.num_emitted}
+
+    def close(self) -> None:
+        """Let go of everything that is held. The epoch is over."""
+        self._done = True
+        self._making = self._current = None
+        self._reader.close()
+
+    # -- beginning ---------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        state, reader, running = self._resume, self._reader, self._running
+        if state is None:
+            reader.start()
+            if not reader.pull():
+                reader.reraise(f" {self.number}")
+                self._done = True
+                raise StopIteration
+            first = reader.peek()
+            size = window_size(self._settings, num_samples(first), num_bytes(first))
+            self._shape = Shape(num_rows(first))
+        else:
+            size, self._shape = state["size"], Shape(**state["shape"])
+            reader.resume(state["source"], state["oldest_ordinal"])
+        reader.snapshot_every = size
+        self._recipe = Recipe(self._settings, self._scorer, self._cache, running.temperature, size)
+        if state is None:
+            self._making = self._make(0, 0)
+            return
+        carry = self._restore_carry(state)
+        self._making = self._make(state["window"], state["first_index"], carry, state["num_taken"], state["losses"])
+        self._enter()
+        assert self._current is not None
+        self._position = self._first_position = state["delivered"]
+        self._running.num_emitted = state["num_emitted"]
+        self.num_delivered = state["delivered"]
+        self._resume = None
+
+    def _make(
+        self,
+        number: int,
+        first_index: int,
+        carry: Sequence[Kept] = (),
+        max_batches: int | None = None,
+        stored: torch.Tensor | None = None,
+    ) -> Window:
+        assert self._recipe is not None
+        running = self._running
+        terms = Terms(
+            epoch=self.number,
+            number=number,
+            tau=running.temperature.settled_tau,
+            mean_weight=running.mean_weight,
+            acceptance=running.sums.mean_weight if running.sums.total else _TYPICAL_WEIGHT,
+            first_index=first_index,
+            shape=self._shape,
+            carry=carry,
+            max_batches=max_batches,
+            stored=stored,
+        )
+        kind = WeightedWindow if self._settings.sampler is None else ResampledWindow
+        return kind(self._recipe, self._reader, terms)
+
+    # -- from window to window ---------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Finish the window in the making, put it into delivery, and begin the next."""
+        window, reader, running = self._making, self._reader, self._running
+        assert window is not None
+        started = time.perf_counter()
+        if self._progress is not None and window.terms.number == 0:
+            self._progress.first_window(window, reader)
+        window.finish()
+        self._scorer.check()
+        now = time.perf_counter()
+        running.wait_seconds += now - started
+        running.window_seconds, self._entered_at = now - self._entered_at, now
+        if window.num_deliveries:
+            self._anchor = self._describe(window)
+            self._current, self._position, self._first_position = window, 0, 0
+        running.absorb(window)
+        self._shape = window.shape
+        self._making = self._make(window.terms.number + 1, window.next_index, window.carry)
+        if not window.num_deliveries:
+            reader.reraise(f" {self.number}, window {window.terms.number}")
+            self._done = True
+            raise StopIteration
+        self._num_pulled = 0
+        self._num_due = max(self._making.num_wanted + self._num_queued_wanted - reader.num_queued, 0)
+        if self._progress is not None:
+            self._progress.line(self.number, window.terms.number, running.metrics())
+
+    def _work_ahead(self, current: Window) -> None:
+        """Do this delivery's share for the windows to come: pull, and score."""
+        assert self._making is not None
+        share = (self._position + 1 - self._first_position) / (current.num_deliveries - self._first_position)
+        started = self._reader.seconds
+        while self._num_pulled < math.ceil(self._num_due * share) and self._reader.pull():
+            self._num_pulled += 1
+        self._making.advance(min(share / _SCORED_BY, 1.0))
+        if share >= 1:
+            self._making.settle()
+        self._running.wait_seconds += self._reader.seconds - started
+
+    @property
+    def _num_queued_wanted(self) -> int:
+        """Batches that shall be queued for the window after the one in the making."""
+        assert self._recipe is not None
+        if self._settings.sampler is None:
+            return self._recipe.size
+        mean = self._running.sums.mean_weight if self._running.sums.total else _TYPICAL_WEIGHT
+        return min(math.ceil(self._recipe.size / mean), 8 * self._recipe.size)
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def _describe(self, window: Window) -> dict[str, Any]:
+        """The window that goes into delivery, as a state holds it: before it, nothing of it is absorbed."""
+        assert self._recipe is not None
+        carry = window.terms.carry
+        oldest = min([kept.ordinal for kept in carry], default=window.first_ordinal)
+        return {
+            "epoch": self.number,
+            "window": window.terms.number,
+            "size": self._recipe.size,
+            "shape": {"num_rows": self._shape.num_rows, "area": self._shape.area},
+            "source": self._reader.state_for(oldest),
+            "oldest_ordinal": oldest,
+            "first_ordinal": window.first_ordinal,
+            "first_index": window.terms.first_index,
+            "num_taken": window.num_taken,
+            "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32),
+            "carry": {
+                "ordinal": torch.tensor([kept.ordinal for kept in carry], dtype=torch.int64),
+                "row": torch.tensor([kept.row.index for kept in carry], dtype=torch.int64),
+                "index": torch.tensor([kept.index for kept in carry], dtype=torch.int64),
+                "count": torch.tensor([kept.count for kept in carry], dtype=torch.int64),
+                "loss": torch.tensor([kept.loss for kept in carry], dtype=torch.float32),
+                "weight": torch.tensor([kept.weight for kept in carry], dtype=torch.float32),
+            },
+            "running": self._running.state_dict(),
+        }
+
+    def _restore_carry(self, state: Mapping[str, Any]) -> tuple[Kept, ...]:
+        """The rows that were carried into the window, from their batches, which are pulled again."""
+        columns = {name: column.tolist() for name, column in state["carry"].items()}
+        pulled: dict[int, Any] = {}
+        while self._reader.next_ordinal < state["first_ordinal"]:
+            item = self._reader.take()
+            if item is None:
+                self._reader.reraise(f" {self.number}")
+                raise RuntimeError(
+                    f"the loader ended before batch {state['next_ordinal']}, where the state resumes: resume with the "
+                    "loader that the state was taken with"
+                )
+            pulled[item.ordinal] = item.batch
+        return tuple(
+            Kept(Row(pulled[ordinal], row), ordinal, index, loss, weight, count)
+            for ordinal, row, index, count, loss, weight in zip(
+                *(columns[name] for name in ("ordinal", "row", "index", "count", "loss", "weight")), strict=True
+            )
+        )

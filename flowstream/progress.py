@@ -1,0 +1,79 @@
+"""What a user sees of a stream: a bar while the first window is scored, then one line a window."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+from rich.errors import LiveError
+from rich.live import Live
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from flowstream.making import Window
+from flowstream.source import ReadAhead
+
+
+class Progress:
+    """Writes to the terminal through rich. Where another rich display is live, it stays silent."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._live: Live | None = None
+
+    def first_window(self, window: Window, reader: ReadAhead) -> None:
+        """Pull and score the first window under a bar: before the first step the stream would look hung."""
+        with self._bar("flowstream: pulling the first window") as advance:
+            while (wanted := window.num_wanted) and reader.pull():
+                window.advance(1e-9)
+                advance("flowstream: pulling the first window", reader.next_ordinal, reader.next_ordinal + wanted)
+            for percent in range(100):
+                window.advance(percent / 100)
+                advance("flowstream: scoring the first window", percent, 100)
+
+    def line(self, epoch: int, window: int, metrics: Mapping[str, float]) -> None:
+        """Show the window that goes into delivery."""
+        text = (
+            f"flowstream epoch {epoch} window {window}: τ {metrics['flow/tau']:.4g} ± {metrics['flow/tau_error']:.2g} nats, "
+            f"mean weight {metrics['flow/mean_weight']:.2f}, ESS {metrics['flow/ess']:.0%}, "
+            f"{metrics['flow/samples_seen']:.0f} samples, scoring {metrics['flow/score_seconds']:.1f} s"
+        )
+        if not math.isnan(metrics["flow/window_seconds"]):
+            text += f", {metrics['flow/window_seconds']:.1f} s a window"
+        if self._live is None:
+            live = Live(console=self._console, refresh_per_second=4, transient=False)
+            try:
+                live.start()
+            except LiveError:
+                return
+            self._live = live
+        self._live.update(Text(text, style="cyan"))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    @contextlib.contextmanager
+    def _bar(self, title: str) -> "Iterator[_Advance]":
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        bar = Bar(*columns, console=self._console, transient=True)
+        try:
+            bar.start()
+        except LiveError:
+            yield lambda description, done, total: None
+            return
+        task = bar.add_task(title, total=None)
+        try:
+            yield lambda description, done, total: bar.update(
+                task, description=description, completed=done, total=total
+            )
+        finally:
+            bar.stop()
+
+
+class _Advance:
+    def __call__(self, description: str, done: float, total: float) -> None: ...

@@ -1,0 +1,284 @@
+"""A resampled window: candidates are scored and drawn by weight, and the rows that are kept fill new batches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowstream.batch import check_rows, num_samples
+from flowstream.digest import Digest
+from flowstream.making import (
+    Delivery,
+    Kept,
+    Recipe,
+    Scoring,
+    Terms,
+    batch_temperatures,
+    check_bad,
+    digest_of,
+    group_denominators,
+)
+from flowstream.metrics import WeightSums
+from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take, width_of
+from flowstream.samplers import Systematic, Thin, chunk_size, permutation, uniform
+from flowstream.scoring.base import Cost, Scores
+from flowstream.source import Pulled, ReadAhead
+from flowstream.weighing import flatten, sum_up, weigh
+from flowstream.window import fill_batches
+
+
+class ResampledWindow:
+    """Takes candidates from the queue in chunks, has them scored, and draws until its batches are full.
+
+    How many it takes depends on weights alone, never on what was drawn: `Thin` would be biased (see `Thin.enough`).
+    """
+
+    def __init__(self, recipe: Recipe, reader: ReadAhead, terms: Terms) -> None:
+        assert recipe.settings.sampler is not None
+        self.terms = terms
+        self.tau = float("nan") if terms.tau is None else terms.tau
+        self.digest = Digest()
+        self.sums = WeightSums()
+        self.cost = Cost()
+        self.score_seconds = 0.0
+        self.num_seen = 0
+        self.num_kept = 0
+        self.next_index = terms.first_index
+        self.first_ordinal = reader.next_ordinal
+        self.shape = terms.shape
+        self.carry: Sequence[Kept] = ()
+        self._recipe = recipe
+        self._sampler = recipe.settings.sampler
+        self._reader = reader
+        self._wanted = recipe.size * terms.shape.num_rows - len(terms.carry)
+        self._mass = 0.0
+        self._u = uniform(terms.seed(recipe.settings))
+        self._chunk: list[Pulled] = []
+        self._scoring: Scoring | None = None
+        self._kept: list[Kept] = []
+        self._pulled: list[Pulled] = []
+        self._scores: list[Scores] = []
+        self._weights: list[Tensor] = []
+        self._complete = self._wanted <= 0 or terms.max_batches == 0
+        self._losses = flatten([], recipe.settings.level)
+        self._padding = Padding()
+        self._groups: list[list[Kept]] | None = None
+        self._denominators: list[Tensor] = []
+
+    def advance(self, share: float) -> None:
+        while not self._complete and self._progress < share:
+            if not self._go_on(force=False):
+                return
+
+    def settle(self) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        while not self._complete:
+            self._go_on(force=True)
+        if self._groups is None:
+            self._fill()
+
+    @property
+    def num_wanted(self) -> int:
+        if self._complete:
+            return 0
+        expected = self._mass if self._scoring is None else self._mass + self._mass_of_chunk
+        later = chunk_size(self._wanted - expected, self._mean_weight, self.shape.num_rows, margin=1.0, limit=1000)
+        return later if self._scoring is not None else max(self._chunk_target - len(self._chunk), 0)
+
+    @property
+    def ended(self) -> bool:
+        return self._groups == [] and self._reader.exhausted
+
+    @property
+    def num_taken(self) -> int:
+        return len(self._pulled)
+
+    @property
+    def flat_losses(self) -> Tensor:
+        return self._losses.loss
+
+    @property
+    def num_deliveries(self) -> int:
+        return len(self._groups or ())
+
+    def num_samples_at(self, position: int) -> int:
+        assert self._groups is not None
+        return len(self._groups[position])
+
+    def deliver(self, position: int) -> Any:
+        assert self._groups is not None
+        settings, group = self._recipe.settings, self._groups[position]
+        rows = [kept.row for kept in group]
+        if settings.recollate == "pad":
+            batch = recollate(rows, self._padding)
+        else:
+            batch = settings.recollate([take(row) for row in rows])
+        available = {
+            "loss": lambda: torch.tensor([kept.loss for kept in group]),
+            "weight": lambda: torch.tensor([kept.weight for kept in group]),
+            "tau": lambda: torch.tensor(self.tau),
+            "index": lambda: torch.tensor([kept.index for kept in group]),
+            "denominator": lambda: self._denominators[position],
+        }
+        extras = {f"flow_{name}": available[name]() for name in settings.include}
+        self._groups[position] = []
+        return Delivery(batch, None, extras).complete(settings)
+
+    def _go_on(self, *, force: bool) -> bool:
+        """Take a chunk's batches, or score a micro-batch, or draw. False where batches are not there yet."""
+        if self._scoring is None:
+            while not self._chunk_is_full and (force or self._reader.num_queued) and self._take():
+                pass
+            if not self._chunk_is_full and not self._reader.stopped:
+                return False
+            if not self._chunk:
+                self._complete = True
+                return True
+            stored = self.terms.stored
+            at = sum(len(weight) for weight in self._weights)
+            self._scoring = Scoring(self._recipe, self._chunk, None if stored is None else stored[at:])
+        elif self._scoring.num_steps:
+            self._scoring.step()
+        else:
+            self._draw()
+        return True
+
+    @property
+    def _progress(self) -> float:
+        done = self._scoring.done * self._mass_of_chunk if self._scoring is not None else 0.0
+        return min((self._mass + done) / self._wanted, 0.999)
+
+    @property
+    def _mean_weight(self) -> float:
+        """Expected mass of a candidate: never from what was drawn."""
+        scale = self._sampler.scale if isinstance(self._sampler, Thin) else 1.0
+        return self._mass / self.num_seen if self._mass else self.terms.acceptance * scale
+
+    @property
+    def _mass_of_chunk(self) -> float:
+        return len(self._chunk) * self.shape.num_rows * self._mean_weight
+
+    @property
+    def _chunk_target(self) -> int:
+        """Batches of the next chunk, a pure function of what was settled and of the weights so far."""
+        rows, size = self.shape.num_rows, self._recipe.size
+        if isinstance(self._sampler, Systematic):
+            return self._sampler.num_candidates(size)
+        missing = self._wanted - self._mass
+        return chunk_size(missing, self._mean_weight, rows, margin=1.0, limit=8 * size)
+
+    @property
+    def _chunk_is_full(self) -> bool:
+        num = len(self._chunk)
+        if self.terms.max_batches is not None and len(self._pulled) + num >= self.terms.max_batches:
+            return True
+        if math.isnan(self.tau) and self._recipe.settings.needs_loss:
+            warm = sum(num_samples(item.batch) for item in self._chunk) >= self._recipe.temperature.warmup_samples
+            return warm and num >= self._chunk_target
+        return num >= self._chunk_target
+
+    def _take(self) -> bool:
+        item = self._reader.take()
+        if item is not None:
+            self._chunk.append(item)
+            self.shape = self.shape.grown(item.batch)
+        return item is not None
+
+    def _draw(self) -> None:
+        """Take the chunk's scores, weigh and draw."""
+        assert self._scoring is not None
+        recipe, settings = self._recipe, self._recipe.settings
+        scores, cost = self._scoring.finish()
+        self.cost += cost
+        self.score_seconds += self._scoring.seconds
+        losses = flatten(scores, settings.level)
+        seed = self.terms.seed(settings)
+        if recipe.temperature.scope == "batch" and settings.needs_loss:
+            taus = batch_temperatures(losses, recipe.temperature)
+            weight = weigh(losses, taus, settings.policy, (*seed, len(self._pulled)))
+            self.tau = statistics.median(taus)
+        else:
+            if math.isnan(self.tau):
+                self.tau = recipe.temperature.tau(digest_of(losses, recipe, self.terms))
+            weight = weigh(losses, self.tau, settings.policy, (*seed, len(self._pulled)))
+        copies = self._copies(weight)
+        parts = zip(
+            self._chunk, scores, weight.split(losses.sizes), np.split(copies, np.cumsum(losses.sizes)), strict=False
+        )
+        for item, score, weights, drawn in parts:
+            self._keep(item, score, weights, drawn)
+        self._pulled += self._chunk
+        self._scores += scores
+        self._weights.append(weight)
+        self._scoring, self._chunk = None, []
+        self._complete = (
+            isinstance(self._sampler, Systematic)
+            or self._sampler.enough(self._mass, self._wanted)
+            or (self._reader.stopped and not self._reader.num_queued)
+            or len(self._pulled) == self.terms.max_batches
+        )
+
+    def _copies(self, weight: Tensor) -> NDArray[np.int64]:
+        """How often each candidate of the chunk is delivered."""
+        if isinstance(self._sampler, Thin):
+            copies, self._mass = self._sampler.draw(weight.numpy(), self._mass, self._u)
+            return copies
+        num = min(self._wanted, round(len(weight) / self._sampler.oversample))
+        return self._sampler.draw(weight.numpy(), num, self._u)
+
+    def _keep(self, item: Pulled, score: Scores, weights: Tensor, copies: NDArray[np.int64]) -> None:
+        if score.segment is not None:
+            raise ValueError(
+                f"batch {item.ordinal} has packed rows (position_ids restart within a row): resampling takes whole "
+                "rows. Resample before packing, or use mode='weight'"
+            )
+        rows = len(score.loss)
+        check_rows(item.batch, rows)
+        for i in np.flatnonzero(copies).tolist():
+            kept = Kept(
+                Row(item.batch, i),
+                item.ordinal,
+                self.next_index + i,
+                float(score.loss[i]),
+                float(weights[i]),
+                int(score.count[i]),
+            )
+            self._kept += [kept] * int(copies[i])
+        self.num_kept += int((copies > 0).sum())
+        self.next_index += rows
+        self.num_seen += rows
+
+    def _fill(self) -> None:
+        """Fill the window's batches; what they do not hold is carried over."""
+        recipe, seed = self._recipe, self.terms.seed(self._recipe.settings)
+        self._losses = flatten(self._scores, recipe.settings.level)
+        check_bad(self._losses, self._pulled, self._scores, recipe, self.terms)
+        self.digest = digest_of(self._losses, recipe, self.terms)
+        self.sums = sum_up(self._losses, torch.cat([torch.empty(0), *self._weights]))
+        pool = [*self.terms.carry, *self._kept]
+        loaded = [*(kept.row.batch for kept in self.terms.carry), *(item.batch for item in self._pulled)]
+        sources = {id(batch): batch for batch in loaded}
+        self._padding = read_padding(list(sources.values()))
+        if self._padding.trims:
+            lengths_in = {key: lengths_of(batch) for key, batch in sources.items()}
+            lengths = [(lengths_in[id(kept.row.batch)] or {})[kept.row.index] for kept in pool]
+        else:
+            lengths = [0] * len(pool)
+        groups, num_placed = fill_batches(
+            lengths, recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
+        )
+        order = permutation(len(groups), seed) if self._padding.trims else range(len(groups))
+        self._groups = [[pool[i] for i in groups[j]] for j in order]
+        self.carry = pool[num_placed:]
+        counts = [sum(kept.count for kept in group) for group in self._groups]
+        self._denominators = group_denominators(counts, recipe.settings.accumulate)
+        self._scores, self._weights, self._kept = [], [], []

@@ -1,0 +1,91 @@
+"""What a stream carries from window to window: τ's state, the sums of weights, and counters."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flowstream.making import Window
+from flowstream.metrics import WeightSums
+from flowstream.scoring.base import Cost
+from flowstream.settings import Settings
+from flowstream.temperature import RunningTemperature
+
+_logger = logging.getLogger("flowstream")
+
+
+class Running:
+    """Owns what was learned from the windows delivered so far. Windows are absorbed in their order."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.temperature = RunningTemperature(settings.temperature, settings.level)
+        self.sums = WeightSums()
+        self.num_seen = 0
+        self.num_emitted = 0
+        self.num_kept = 0
+        self.tau = math.nan
+        """τ of the window in delivery, in nats."""
+        self.cost = Cost()
+        self.score_seconds = 0.0
+        self.wait_seconds = 0.0
+        self.window_seconds = math.nan
+        self._told: set[str] = set()
+
+    def absorb(self, window: Window) -> None:
+        """Take over what a finished window brings, as it goes into delivery."""
+        self.tau = window.tau
+        self.temperature.update(window.digest, window.num_seen)
+        self.sums += window.sums
+        self.num_seen += window.num_seen
+        self.num_kept += window.num_kept
+        self.cost += window.cost
+        self.score_seconds += window.score_seconds
+        if self._settings.needs_loss and window.num_seen:
+            for name, message in self.temperature.advice(self.tau):
+                if name not in self._told:
+                    _logger.warning(message)
+                    self._told.add(name)
+
+    @property
+    def mean_weight(self) -> float | None:
+        """Mean weight of the windows so far (of their labelled tokens); `None` before the first."""
+        return self.sums.token_mean_weight if self.sums.num else None
+
+    def metrics(self) -> dict[str, float]:
+        """See `FlowStream.metrics`."""
+        sums, cost = self.sums, self.cost
+        return {
+            "flow/tau": self.tau,
+            "flow/tau_error": self.temperature.tau_error(),
+            "flow/mean_weight": sums.mean_weight,
+            "flow/ess": sums.ess,
+            "flow/samples_seen": float(self.num_seen),
+            "flow/samples_emitted": float(self.num_emitted),
+            "flow/acceptance": self.num_kept / self.num_seen if self.num_seen else math.nan,
+            "flow/nonfinite": sums.nonfinite,
+            "flow/empty": sums.empty,
+            "flow/cache_hit_rate": cost.num_hits / cost.num_lookups if cost.num_lookups else 0.0,
+            "flow/score_seconds": self.score_seconds,
+            "flow/wait_seconds": self.wait_seconds,
+            "flow/padding_fraction": 1 - cost.num_tokens / cost.num_padded if cost.num_padded else 0.0,
+            "flow/padded_batches": 0.0,
+            "flow/window_seconds": self.window_seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. Times and costs are this process', and stay with it."""
+        return {
+            "temperature": self.temperature.state_dict(),
+            "sums": self.sums.state_dict(),
+            "num_seen": self.num_seen,
+            "num_kept": self.num_kept,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.temperature.load_state_dict(state["temperature"])
+        self.sums = WeightSums.from_state_dict(state["sums"])
+        self.num_seen = state["num_seen"]
+        self.num_kept = state["num_kept"]

@@ -1,0 +1,1 @@
+"""Scorers: the losses of a stream's samples under a frozen reference."""

@@ -1,0 +1,323 @@
+"""Losses of a causal language model: of samples alone, whatever batch, padding or pack they came in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flowstream.batch import is_array
+from flowstream.scoring.base import Job, Level
+from flowstream.scoring.cache import LossCache, content_key, row_key
+from flowstream.scoring.head import logits_of, token_losses
+from flowstream.scoring.job import Budget, Reading, Sample, WindowJob
+from flowstream.scoring.language import (
+    Language,
+    Whole,
+    check_logits,
+    default_budget,
+    further_inputs,
+    labelled,
+    read_whole,
+    run_whole,
+    without_cache,
+)
+from flowstream.scoring.reading import (
+    IGNORED,
+    Integers,
+    Place,
+    check_ids,
+    check_labels,
+    integers,
+    mask_of,
+    named_fields,
+    right_padded,
+    same_shape,
+    to_device,
+)
+from flowstream.scoring.reference import Copy, Reference
+
+_VERSION = 1
+"""Raised when a change here moves losses: it is part of every cache key."""
+
+_logger = logging.getLogger("flowstream")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Document:
+    """What is left of a sample: the tokens up to the last one that predicts, and what they predict."""
+
+    ids: Integers
+    """[n]"""
+    targets: Integers
+    """[n] the label that each token predicts, -100 for none."""
+
+
+class CausalLMScorer:
+    """Losses of any Hugging Face causal language model, frozen. A `Scorer`.
+
+    A sample's loss is the mean over its labelled tokens, in nats, as if it were alone and unpadded: it does not depend
+    on left or right padding, on packing, or on its neighbours. Labels are predicted from the token before (shifted here,
+    not by the loader), so the first token of a sample has no loss; -100 is ignored; without labels, all tokens count.
+    Tokens where `attention_mask` is 0 are no part of the sample.
+
+    Batches: mappings, dataclasses or namedtuples with `input_ids` [B, T] and optionally `attention_mask`, `labels`,
+    `position_ids`; tuples `(input_ids,)`, `(input_ids, labels)`, `(mapping, labels)`. Rows whose `position_ids` restart
+    are packed: each document is a sample (`Scores.segment`), and a lone unlabelled token is none. A batch with further
+    inputs of the model (images, `token_type_ids`) is scored as it is, with all of them. Other fields are ignored.
+
+    `copy="auto"` copies the model if a parameter requires a gradient, `False` shares it as it is (its modes are put
+    back after each step; training it raises at the next window), `True` always copies. `token_budget`: tokens a
+    micro-batch, padding included (4096 on a CPU, else 16384); halved for good when memory runs out.
+
+    >>> scorer = CausalLMScorer.from_pretrained("meta-llama/Llama-3.2-1B", dtype="bfloat16")  # doctest: +SKIP
+    """
+
+    levels: frozenset[Level] = frozenset({"sample", "token"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        copy: Copy = "auto",
+        token_budget: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._reference = Reference(model, copy=copy, device=device)
+        if "input_ids" not in self._reference.accepted:
+            raise ValueError(f"{type(model).__name__}.forward takes no input_ids: it is no causal language model")
+        self._language = Language.of(self._reference)
+        self._budget = Budget(token_budget or default_budget(self._reference.device))
+        self._fingerprint = self._reference.fingerprint(type(self).__name__, _VERSION)
+        self._told_padding = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        token_budget: int | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> CausalLMScorer:
+        """A scorer with a model of its own. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).requires_grad_(False).eval()
+        model = model if device is None else model.to(device)
+        return cls(model, copy=False, token_budget=token_budget)
+
+    def begin(
+        self,
+        batches: Sequence[Any],
+        *,
+        level: Level,
+        cache: LossCache | None = None,
+        row_keys: Sequence[Sequence[object]] | None = None,
+        needs_loss: bool = True,
+    ) -> Job:
+        namespace = f"{self._fingerprint} {level}".encode()
+        keys = row_keys if row_keys is not None and cache is not None else [None] * len(batches)
+        readings = [
+            self._read(batch, Place(number), namespace, keys_of_rows)
+            for number, (batch, keys_of_rows) in enumerate(zip(batches, keys, strict=True))
+        ]
+        return WindowJob(
+            readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss
+        )
+
+    def check(self) -> None:
+        self._reference.check()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._budget.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._budget.load_state_dict(state)
+
+    # Reading
+
+    def _read(self, batch: Any, place: Place, namespace: bytes, row_keys: Sequence[object] | None) -> Reading:
+        named = named_fields(batch, place, "input_ids")
+        further = further_inputs(
+            named, ("input_ids", "attention_mask", "position_ids"), self._reference, place
+        )
+        if "input_ids" not in named and "inputs_embeds" not in further:
+            raise ValueError(f"{place} has no input_ids, only {sorted(named)}: name the ids so, or write (input_ids, labels)")
+        ids = self._ids(named, place)
+        mask = mask_of(named.get("attention_mask"), ids.shape, place)
+        if "input_ids" in named:
+            check_ids(ids, mask, self._language.num_ids, "input_ids", place)
+            if "attention_mask" not in named:
+                self._look_for_padding(ids)
+        if "labels" in named:
+            labels = integers(named["labels"], "labels", place)
+            same_shape(labels, "labels", ids.shape, place)
+            check_labels(labels, self._language.num_labels, place)
+        elif "input_ids" in named:
+            labels = ids
+        else:
+            raise ValueError(f"{place} has inputs_embeds and no labels: nothing says what is to be predicted")
+        if row_keys is not None and len(row_keys) != len(ids):
+            raise ValueError(f"{place} has {len(row_keys)} cache keys for {len(ids)} rows")
+        if further:
+            return self._read_whole(named, further, mask, labels, place, namespace, row_keys)
+        return self._read_documents(ids, labels, mask, self._positions(named, ids, place), place, namespace, row_keys)
+
+    def _ids(self, named: Mapping[str, Any], place: Place) -> Integers:
+        if "input_ids" in named:
+            return integers(named["input_ids"], "input_ids", place)
+        return np.zeros(tuple(named["inputs_embeds"].shape[:2]), dtype=np.int64)
+
+    def _positions(self, named: Mapping[str, Any], ids: Integers, place: Place) -> Integers | None:
+        if "position_ids" not in named:
+            if any(name in named for name in ("cu_seq_lens_q", "seq_idx")):
+                raise ValueError(
+                    f"{place} is packed (it has cu_seq_lens_q or seq_idx) but has no position_ids: let the collator "
+                    "return position_ids, which restart at each document"
+                )
+            return None
+        positions = integers(named["position_ids"], "position_ids", place)
+        if positions.shape == (1, ids.shape[1]):
+            positions = np.broadcast_to(positions, ids.shape)
+        same_shape(positions, "position_ids", ids.shape, place)
+        return positions
+
+    def _read_documents(
+        self,
+        ids: Integers,
+        labels: Integers,
+        mask: NDArray[np.bool_],
+        positions: Integers | None,
+        place: Place,
+        namespace: bytes,
+        row_keys: Sequence[object] | None,
+    ) -> Reading:
+        """Each row, or each document of a packed row, as a sample of its own."""
+        rows = [_segments(mask[b], None if positions is None else positions[b]) for b in range(len(ids))]
+        packed = any(len(segments) > 1 for segments in rows)
+        segment = np.full(ids.shape, -1, dtype=np.int64)
+        samples: list[Sample] = []
+        where: list[Integers] = []
+        for row, segments in enumerate(rows):
+            if not packed and not segments:
+                segments = [np.zeros(0, dtype=np.int64)]
+            for number, columns in enumerate(segments):
+                segment[row, columns] = len(samples)
+                targets = labels[row, columns[1:]]
+                predicted = labelled(targets)
+                # Causal: what comes after the last label changes nothing.
+                end = int(predicted[-1]) + 1 if len(predicted) else 0
+                self._language.check_length(end, row, place)
+                document = _Document(ids[row, columns[:end]], targets[:end])
+                if row_keys is None:
+                    key = content_key(namespace, document.ids, document.targets)
+                else:
+                    key = row_key(namespace, row_keys[row], number, len(predicted))
+                samples.append(Sample(key, end, end, len(predicted), document))
+                where.append(row * ids.shape[1] + columns[1:][predicted])
+        shape = (ids.shape[0], ids.shape[1])
+        return Reading(samples, shape, torch.from_numpy(segment) if packed else None, where)
+
+    def _read_whole(
+        self,
+        named: Mapping[str, Any],
+        further: set[str],
+        mask: NDArray[np.bool_],
+        labels: Integers,
+        place: Place,
+        namespace: bytes,
+        row_keys: Sequence[object] | None,
+    ) -> Reading:
+        """All rows as they are, with all inputs."""
+        inputs = {name: named[name] for name in further | ({"input_ids", "attention_mask", "position_ids"} & set(named))}
+        inputs = {name: value for name, value in inputs.items() if name in self._reference.accepted}
+        positions = inputs.get("position_ids")
+        if is_array(positions) and positions.ndim == 2:
+            given = self._positions(named, labels, place)
+            if any(len(_segments(mask[b], None if given is None else given[b])) > 1 for b in range(len(labels))):
+                raise ValueError(
+                    f"{place} is packed (its position_ids restart) and has further inputs ({', '.join(sorted(further))}), "
+                    "which nothing assigns to its documents: pack text only, or drop those keys"
+                )
+        elif positions is None and not mask[:, 0].all() and self._takes_plain_positions():
+            # Most models number positions from the left edge, padding or not.
+            inputs["position_ids"] = np.where(mask, np.cumsum(mask, axis=1) - 1, 0)
+        sources: list[tuple[Integers, Integers]] = []
+        for row in range(len(labels)):
+            columns = np.flatnonzero(mask[row])
+            predicted = labelled(labels[row, columns[1:]])
+            sources.append((columns[:-1][predicted], columns[1:][predicted]))
+        return read_whole(
+            inputs,
+            labels,
+            sources,
+            place,
+            namespace=namespace,
+            row_keys=row_keys,
+            lengths=mask.sum(axis=1).tolist(),
+        )
+
+    def _takes_plain_positions(self) -> bool:
+        """Multimodal rotary positions are three a token, and the model works them out from the mask itself."""
+        config = self._reference.config
+        return "position_ids" in self._reference.accepted and "mrope" not in str(config)
+
+    def _look_for_padding(self, ids: Integers) -> None:
+        pad = self._language.pad_id
+        if self._told_padding or pad is None or pad == self._language.bos_id or ids.shape[1] < 2:
+            return
+        if (ids[:, :2] == pad).all(axis=1).any():
+            self._told_padding = True
+            _logger.warning(
+                "a batch without attention_mask has rows that begin with the padding id %d: if that is left padding, "
+                "it is read as text, and the losses are wrong. Let the loader deliver attention_mask (told once)",
+                pad,
+            )
+
+    # Running
+
+    def _run(self, samples: list[Sample]) -> Tensor:
+        if isinstance(samples[0].content, Whole):
+            return run_whole(self._reference, samples[0].content)
+        documents: list[_Document] = [sample.content for sample in samples]
+        ids = right_padded([document.ids for document in documents], self._language.pad_id or 0)
+        targets = right_padded([document.targets for document in documents], IGNORED).reshape(-1)
+        lengths = np.array([len(document.ids) for document in documents])
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        rows = np.flatnonzero(targets != IGNORED)
+        with self._reference.frozen() as model:
+            device = self._reference.device
+            inputs = {"input_ids": to_device(ids, device)}
+            if "attention_mask" in self._reference.accepted:
+                inputs["attention_mask"] = to_device(mask, device)
+            logits = logits_of(model(**inputs, **without_cache(self._reference)))
+            check_logits(logits, (len(documents), ids.shape[1]))
+            return token_losses(logits, to_device(rows, device), to_device(targets[rows], device))
+
+
+def _segments(mask: NDArray[np.bool_], positions: Integers | None) -> list[Integers]:
+    """The columns of each document in a row: several where positions restart among the tokens that the mask keeps.
+
+    A lone token beside others is padding, which packing collators number 0: it predicts nothing and is no document.
+    """
+    columns = np.flatnonzero(mask)
+    if positions is None or len(columns) < 2:
+        return [columns] if len(columns) else []
+    kept = positions[columns]
+    adjacent = np.diff(columns) == 1
+    # Positions that count on over a masked gap belong together; those that jump without one do not.
+    restarts = (kept[1:] <= kept[:-1]) | (adjacent & (kept[1:] != kept[:-1] + 1))
+    if not restarts.any():
+        return [columns]
+    segments = np.split(columns, np.flatnonzero(restarts) + 1)
+    return [segment for segment in segments if len(segment) > 1]

@@ -1,0 +1,46 @@
+"""The state of a stream: what it must agree with before it is taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 1
+
+
+def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+    """What every state begins with: the version, and the configuration field by field."""
+    return {
+        "version": VERSION,
+        "settings": dict(settings),
+        "reference": reference,
+        "scorer": dict(scorer),
+        "epoch": epoch,
+    }
+
+
+def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str, *, strict: bool) -> None:
+    """Raise `ValueError`, naming the field, for the state of another version or configuration.
+
+    With `strict=False` only the version counts.
+    """
+    version = state.get("version")
+    if version != VERSION:
+        raise ValueError(
+            f"the state has version {version!r}, this flowstream reads version {VERSION}: resume with the flowstream "
+            "that wrote it"
+        )
+    if not strict:
+        return
+    for name, ours in settings.items():
+        theirs = state["settings"].get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"the state was taken with {name}={theirs}, this stream has {name}={ours}: build the stream as it was, "
+                "or load_state_dict(state, strict=False) if the change is meant"
+            )
+    if state["reference"] != reference:
+        raise ValueError(
+            f"the state was taken with another reference ({state['reference']}) than this stream's ({reference}): score "
+            "with the model that the run began with, or load_state_dict(state, strict=False) if the change is meant"
+        )

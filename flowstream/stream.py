@@ -1,0 +1,329 @@
+"""FlowStream: any loader's batches, weighted or resampled by the losses of a frozen reference, while they stream."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch.distributed
+from torch.utils.data import IterableDataset, get_worker_info
+
+from flowstream import state as states
+from flowstream.epoch import Epoch
+from flowstream.policies import Flow, Policy
+from flowstream.progress import Progress
+from flowstream.recollate import Recollate
+from flowstream.running import Running
+from flowstream.scoring.base import Level, Scorer
+from flowstream.scoring.cache import LossCache
+from flowstream.settings import Attach, Include, Mode, Sampler, Settings
+from flowstream.source import ReadAhead, ReplaySource
+from flowstream.temperature import RunningMedian, Temperature
+
+_logger = logging.getLogger("flowstream")
+
+
+class FlowStream(IterableDataset[Any]):
+    """Any loader's batches with FLOW's weights w = exp(-f(θ*)/τ), or drawn with these probabilities.
+
+    f is each sample's loss under the frozen reference in `scorer`, in nats; τ the running median of those losses
+    (Sanyal et al., ICML 2025, arXiv 2502.02797, eq. 4 and §3.2). Runs in the main process, a window of batches at a
+    time: one window is delivered while the next is scored and the one after it pulled.
+
+    >>> stream = FlowStream(loader, CausalLMScorer(model))  # doctest: +SKIP
+    >>> for batch in stream:  # doctest: +SKIP
+    ...     labels, weight = batch.pop("labels"), batch.pop("flow_weight")
+    ...     loss = weighted_lm_loss(model(**batch).logits, labels, weight)
+
+    Args:
+        loader: any iterable of batches. A batch is a mapping, tuple, list, namedtuple or dataclass of tensors, arrays
+            and lists.
+        scorer: the frozen reference, such as `CausalLMScorer(model)`.
+        mode: "weight"; "resample", which is `Thin()`; or a sampler, `Thin(scale=…)` or `Systematic(…)`.
+        level: "sample": weights [B] float32 (packed rows: [B, T], each document its own weight). "token": weights of
+            the labels' shape, aligned with them by index, 0 where ignored.
+        temperature: τ: `RunningMedian()`, `WindowMedian()`, `BatchMedian()`, `FixedTemperature(value)` or
+            `TargetESS(fraction)`.
+        policy: (loss, τ) → weight: `Flow()`, `Uniform()`, `HardFirst(max_weight)`, `Threshold(max_loss)`,
+            `Probability()`, `Permuted(policy)`, or any function of two tensors.
+        normalize: divide by the running mean weight (of labelled tokens), so that the step keeps its scale.
+        attach: "key": the batch gains `flow_weight`, as a key, an element, or a declared field. "pair":
+            `for batch, weight in stream`, the batch untouched.
+        include: any of "loss", "tau", "index", "denominator", "weight", each as `flow_…` beside the weight:
+            `flow_loss` [B] (or of the weight's shape), `flow_tau` 0-d, `flow_index` [B] int64 (position in the rank's
+            stream), `flow_denominator` 0-d. With "pair" they come as a third element, a dict.
+        window: batches that are scored as a whole, or "auto": at least 256 samples and 8 batches.
+        max_window_bytes: what "auto" lets the three windows held take.
+        accumulate: micro-batches a step, k. `flow_denominator` is then the number of labelled tokens (or samples) in
+            the k batches that share a step: dividing each loss by it gives the gradient of one large batch.
+        recollate: how rows of different batches meet in resample mode: "pad", or a collate function over samples.
+        cache: "memory": losses are kept, and a second epoch scores nothing; or `None`.
+        cache_key: a field of the batch with an entry a row that names the sample for the cache, in place of its content
+            (augmented images: "__key__").
+        seed: of the draws in resample mode, and of `Permuted`.
+        max_bad_fraction: of a window's losses, how many may be NaN or infinite before it is an error.
+        progress: show one line in the terminal, and a bar while the first window is scored.
+
+    Raises:
+        ValueError: arguments that cannot be, at once; bad batches and losses, from `next()`.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        scorer: Scorer,
+        *,
+        mode: Mode | Sampler = "weight",
+        level: Level = "sample",
+        temperature: Temperature = RunningMedian(),  # noqa: B008: frozen
+        policy: Policy = Flow(),  # noqa: B008: frozen
+        normalize: bool = False,
+        attach: Attach = "key",
+        include: tuple[Include, ...] = (),
+        window: int | Literal["auto"] = "auto",
+        max_window_bytes: int = 2**30,
+        accumulate: int = 1,
+        recollate: Literal["pad"] | Recollate = "pad",
+        cache: Literal["memory"] | None = "memory",
+        cache_key: str | None = None,
+        seed: int = 0,
+        max_bad_fraction: float = 0.05,
+        progress: bool = False,
+    ) -> None:
+        self._settings = Settings(
+            mode=mode,
+            level=level,
+            temperature=temperature,
+            policy=policy,
+            normalize=normalize,
+            attach=attach,
+            include=tuple(include) if not isinstance(include, str) else include,
+            window=window,
+            max_window_bytes=max_window_bytes,
+            accumulate=accumulate,
+            recollate=recollate,
+            cache_key=cache_key,
+            seed=seed,
+            max_bad_fraction=max_bad_fraction,
+        )
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"loader is a {type(loader).__name__}, which cannot be iterated over: give a data loader")
+        if isinstance(loader, FlowStream):
+            raise ValueError("loader is itself a FlowStream: wrap the loader once")
+        if level not in getattr(scorer, "levels", ()):
+            raise ValueError(
+                f"{type(scorer).__name__} has no losses at level {level!r}: it must be a scorer such as "
+                "CausalLMScorer(model), and have that level"
+            )
+        if cache not in ("memory", None):
+            raise ValueError(f"cache is {cache!r}: choose 'memory' or None")
+        self._loader = loader
+        self._scorer = scorer
+        self._cache = LossCache() if cache == "memory" else None
+        self._progress = Progress() if progress else None
+        self._running = Running(self._settings)
+        self._reader = ReadAhead(ReplaySource(loader))
+        self._epoch = 0
+        self._forwarded_epoch = 0
+        self._active: Epoch | None = None
+        self._owner: FlowIterator | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._closed = False
+        self._reference: str | None = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                _logger.warning(
+                    "flowstream runs in a group of %d ranks, but each rank has its own τ, from its own losses",
+                    torch.distributed.get_world_size(),
+                )
+
+    # -- iteration ---------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        """An iterator over one epoch, started at its first `next()`; there, an older one ends.
+
+        After a delivered batch the next epoch begins; after `load_state_dict`, the state's position is taken up.
+        """
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                "FlowStream is iterated over in a worker process: it scores on the device of the main process. Give the "
+                "workers to the inner loader, and this stream to the training loop (DataLoader(stream, batch_size=None) "
+                "with num_workers=0)"
+            )
+        return FlowIterator(self)
+
+    def __len__(self) -> int:
+        """Batches an epoch, in weight mode over a sized loader; `TypeError` elsewhere."""
+        if self._settings.sampler is not None:
+            raise TypeError("resampling decides while streaming how many batches an epoch has: count steps (max_steps)")
+        if not isinstance(self._loader, Sized):
+            raise TypeError(f"the loader ({type(self._loader).__name__}) has no length, so the stream has none")
+        return len(self._loader)
+
+    def __bool__(self) -> bool:
+        return True  # else `if stream:` would ask for its length
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the last batch came from, or that the next one begins."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next `iter()` begin this epoch. Forwarded to the loader, its sampler and its data set.
+
+        `ValueError` while a loaded state waits to be resumed in another epoch.
+        """
+        if self._loaded is not None:
+            if epoch != self._loaded["epoch"]:
+                raise ValueError(
+                    f"set_epoch({epoch}) would drop the loaded state, which resumes in epoch {self._loaded['epoch']}: "
+                    "call it before load_state_dict, or not at all"
+                )
+        else:
+            self._end_active()
+            self._epoch = epoch
+        self._forward_epoch()
+
+    def close(self) -> None:
+        """Let go of the loader's iterator and all that is queued. The stream cannot be iterated over afterwards."""
+        self._end_active()
+        self._reader.close()
+        if self._progress is not None:
+            self._progress.close()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, iterator: FlowIterator) -> Epoch:
+        """The epoch that a new iterator walks through; the one before ends."""
+        self._owner = iterator
+        if self._closed:
+            raise RuntimeError("the stream is closed: build a new one")
+        active = self._active
+        if active is not None and not active.finished:
+            # One that has delivered nothing is taken over; and an iterator, which is its own loader, has no other epoch.
+            if not active.num_delivered or self._loader is iter(self._loader):
+                return active
+        state, self._loaded = self._loaded, None
+        if active is not None:
+            self._epoch += 1
+            self._end_active()
+        if self._epoch != self._forwarded_epoch:
+            self._forward_epoch()
+        self._active = Epoch(
+            self._settings,
+            self._scorer,
+            self._cache,
+            self._running,
+            self._reader,
+            self._epoch,
+            self._progress,
+            None if state is None else state["position"],
+        )
+        return self._active
+
+    def _end_active(self) -> None:
+        if self._active is not None:
+            self._active.close()
+            self._active = None
+
+    def _forward_epoch(self) -> None:
+        """Tell whatever shuffles by epoch which one it is."""
+        self._forwarded_epoch = self._epoch
+        for listener in _epoch_listeners(self._loader):
+            listener(self._epoch)
+
+    # -- metrics and state -------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """What the stream has done so far, flat, for any logger. Sums run over all windows that went into delivery.
+
+        `flow/tau`: τ of the window in delivery, nats; `flow/tau_error`: its standard error; `flow/mean_weight`,
+        `flow/ess` (effective sample size over n, Kish); `flow/samples_seen`: scored; `flow/samples_emitted`: delivered;
+        `flow/acceptance`: drawn over seen; `flow/nonfinite`, `flow/empty`: left out, for a loss that is not finite, or
+        no label; `flow/cache_hit_rate`; `flow/score_seconds`: spent in scoring; `flow/wait_seconds`: `next()` waited
+        for the loader and at windows' boundaries; `flow/padding_fraction`: of the tokens that the reference read;
+        `flow/padded_batches`: delivered with weight 0 to keep ranks in step; `flow/window_seconds`: between the last
+        two boundaries.
+        """
+        return self._running.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the consumer: the batches that `next()` has returned, however far the stream has read.
+
+        Plain values and tensors (`torch.load(weights_only=True)`). May be taken between any two batches.
+        """
+        if self._loaded is not None:
+            return copy.deepcopy(self._loaded)
+        active = self._active
+        finished = active is not None and active.finished
+        position = None if active is None or finished else active.state_dict()
+        header = states.pack(
+            settings=self._settings.described(),
+            reference=self._fingerprint(),
+            scorer=self._scorer.state_dict(),
+            epoch=self._epoch + 1 if finished else self._epoch,
+        )
+        running = self._running.state_dict() if position is None else position.pop("running")
+        return header | {"position": position, "running": running, "num_emitted": self._running.num_emitted}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Let the next `iter()` go on where `state` was taken.
+
+        Raises:
+            ValueError: a state of another version, or, unless `strict=False`, of another configuration or reference.
+                The message names the field.
+        """
+        states.check(state, self._settings.described(), self._fingerprint(), strict=strict)
+        self._end_active()
+        loaded = copy.deepcopy(dict(state))
+        self._running = Running(self._settings)
+        self._running.load_state_dict(loaded["running"])
+        self._running.num_emitted = loaded["num_emitted"]
+        self._scorer.load_state_dict(loaded["scorer"])
+        self._epoch = loaded["epoch"]
+        self._loaded = loaded
+
+    def _fingerprint(self) -> str:
+        if self._reference is None:
+            self._reference = self._scorer.fingerprint()
+        return self._reference
+
+
+class FlowIterator:
+    """Walks through one epoch of a stream, and ends where a newer iterator has started."""
+
+    def __init__(self, stream: FlowStream) -> None:
+        self._stream = stream
+        self._epoch: Epoch | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        if self._epoch is None:
+            self._epoch = self._stream._begin(self)
+        if self._stream._owner is not self:
+            raise StopIteration
+        return self._epoch.next()
+
+
+def _epoch_listeners(loader: Any) -> list[Callable[[int], None]]:
+    """Every `set_epoch` within reach: the loader's own, or those of its parts."""
+    own = getattr(loader, "set_epoch", None)
+    if callable(own):
+        return [own]
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    parts.append(getattr(loader, "dataset", None))
+    unique = {id(part): part for part in parts if part is not None}
+    return [part.set_epoch for part in unique.values() if callable(getattr(part, "set_epoch", None))]
