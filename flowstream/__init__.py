@@ -1,1 +1,48 @@
-"""flowstream: online FLOW for any data loader."""
+"""flowstream: FLOW's sample weights, online, for any data loader.
+
+Weight each fine-tuning sample by w = exp(-f(θ*)/τ), f its loss under the frozen pre-trained model and τ the median of
+those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream.
+"""
+
+from flowstream.digest import Digest
+from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
+from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
+from flowstream.samplers import Systematic, Thin
+from flowstream.scoring import (
+    CausalLMScorer,
+    ClassifierScorer,
+    FunctionScorer,
+    Prescored,
+    Scorer,
+    Seq2SeqLMScorer,
+)
+from flowstream.stage import stage
+from flowstream.stream import FlowStream
+from flowstream.temperature import BatchMedian, FixedTemperature, RunningMedian, TargetESS, WindowMedian
+
+__all__ = [
+    "BatchMedian",
+    "CausalLMScorer",
+    "ClassifierScorer",
+    "Digest",
+    "FixedTemperature",
+    "Flow",
+    "FlowStream",
+    "FunctionScorer",
+    "HardFirst",
+    "Permuted",
+    "Prescored",
+    "Probability",
+    "RunningMedian",
+    "Scorer",
+    "Seq2SeqLMScorer",
+    "Systematic",
+    "TargetESS",
+    "Thin",
+    "Threshold",
+    "Uniform",
+    "WindowMedian",
+    "stage",
+    "weighted_cross_entropy",
+    "weighted_lm_loss",
+]

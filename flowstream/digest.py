@@ -16,7 +16,7 @@ __all__ = ["Digest"]
 
 Floats = NDArray[np.float64]
 
-_BUFFER_PER_CENTROID = 4
+_BUFFER_PER_CENTROID = 8
 _UNIFORM_SHARE = 0.5
 _HEADER = struct.Struct("<4sIIIQddd")
 _MAGIC = b"fsd1"
@@ -24,10 +24,17 @@ _STATE_VERSION = 1
 
 
 class _Centroids(NamedTuple):
-    """Sorted centroids, and the nodes (cumulative weight, value) between which quantiles are interpolated."""
+    """Sorted centroids, and the range of the values they stand for."""
 
     means: Floats
     weights: Floats
+    minimum: float
+    maximum: float
+
+
+class _Nodes(NamedTuple):
+    """Points (cumulative weight, value), ascending in both, between which quantiles are interpolated."""
+
     positions: Floats
     values: Floats
 
@@ -77,6 +84,7 @@ class Digest:
         self._minimum = np.inf
         self._maximum = -np.inf
         self._cached: _Centroids | None = None
+        self._cached_nodes: _Nodes | None = None
 
     # -- what goes in ------------------------------------------------------------------------------
 
@@ -106,12 +114,11 @@ class Digest:
 
     def merge(self, other: Digest) -> None:
         """Add all that `other` holds. `other` does not change; the order of merges matters in the last digits only."""
-        centroids, minimum, maximum = other._centroids(), other.minimum, other.maximum
+        theirs = other._centroids()
         self._num_values += other._num_values
         self._sum_squares += other._sum_squares
-        if centroids.means.size:
-            self._append(centroids.means, centroids.weights)
-            self._minimum, self._maximum = min(self._minimum, minimum), max(self._maximum, maximum)
+        self._append(theirs.means, theirs.weights)
+        self._minimum, self._maximum = min(self._minimum, theirs.minimum), max(self._maximum, theirs.maximum)
 
     @classmethod
     def merged(cls, digests: Sequence[Digest]) -> Digest:
@@ -124,9 +131,8 @@ class Digest:
                 np.concatenate([part.weights for part in parts]),
                 result.max_centroids,
             )
-        filled = [digest for digest in digests if digest._centroids().means.size]
-        result._minimum = min((digest.minimum for digest in filled), default=np.inf)
-        result._maximum = max((digest.maximum for digest in filled), default=-np.inf)
+        result._minimum = min((part.minimum for part in parts), default=np.inf)
+        result._maximum = max((part.maximum for part in parts), default=-np.inf)
         result._num_values = sum(digest._num_values for digest in digests)
         result._sum_squares = sum(digest._sum_squares for digest in digests)
         return result
@@ -142,7 +148,7 @@ class Digest:
         self._weights = self._weights * factor
         self._buffer_weights[: self._num_buffered] *= factor
         self._sum_squares *= factor * factor
-        self._cached = None
+        self._forget()
 
     def copy(self) -> Digest:
         """An independent copy that goes on exactly as this one would."""
@@ -185,14 +191,14 @@ class Digest:
     @property
     def minimum(self) -> float:
         """Smallest value ever added; nan when there is none."""
-        values = self._centroids().values
-        return float(values[0]) if values.size else float("nan")
+        centroids = self._centroids()
+        return centroids.minimum if centroids.means.size else float("nan")
 
     @property
     def maximum(self) -> float:
         """Largest value ever added; nan when there is none."""
-        values = self._centroids().values
-        return float(values[-1]) if values.size else float("nan")
+        centroids = self._centroids()
+        return centroids.maximum if centroids.means.size else float("nan")
 
     def quantile(self, q: float) -> float:
         """The value below which a share `q` of the weight lies; nan when the digest is empty.
@@ -201,7 +207,7 @@ class Digest:
             ValueError: `q` outside [0, 1].
         """
         _check_share(q)
-        positions, values = self._centroids()[2:]
+        positions, values = self._nodes()
         if not values.size:
             return float("nan")
         target = positions[0] + q * (positions[-1] - positions[0])
@@ -210,7 +216,7 @@ class Digest:
 
     def cdf(self, x: float) -> float:
         """The share of the weight at or below `x`, the inverse of `quantile`; nan when the digest is empty."""
-        positions, values = self._centroids()[2:]
+        positions, values = self._nodes()
         if not values.size:
             return float("nan")
         right = int(np.searchsorted(values, x, side="right"))
@@ -276,10 +282,11 @@ class Digest:
                 f"a digest's state of version {state.get('version')!r} was given, this reads {_STATE_VERSION}"
             )
         result = cls(state["max_centroids"])
-        result._means, result._weights = state["means"].numpy().copy(), state["weights"].numpy().copy()
-        result._num_buffered = len(state["buffer_values"])
-        result._buffer_values[: result._num_buffered] = state["buffer_values"].numpy()
-        result._buffer_weights[: result._num_buffered] = state["buffer_weights"].numpy()
+        names = ("means", "weights", "buffer_values", "buffer_weights")
+        means, weights, buffer_values, buffer_weights = (state[name].cpu().numpy().copy() for name in names)
+        result._means, result._weights, result._num_buffered = means, weights, buffer_values.size
+        result._buffer_values[: buffer_values.size] = buffer_values
+        result._buffer_weights[: buffer_values.size] = buffer_weights
         result._num_values, result._sum_squares = state["num_values"], state["sum_squares"]
         result._minimum, result._maximum = state["minimum"], state["maximum"]
         return result
@@ -295,11 +302,8 @@ class Digest:
         size = centroids.means.size
         body = np.zeros((2, self.max_centroids), dtype="<f8")
         body[0, :size], body[1, :size] = centroids.means, centroids.weights
-        ends = (self.minimum, self.maximum) if size else (self._minimum, self._maximum)
-        return (
-            _HEADER.pack(_MAGIC, self.max_centroids, size, 0, self._num_values, self._sum_squares, *ends)
-            + body.tobytes()
-        )
+        sums = (self._num_values, self._sum_squares, centroids.minimum, centroids.maximum)
+        return _HEADER.pack(_MAGIC, self.max_centroids, size, 0, *sums) + body.tobytes()
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Digest:
@@ -360,7 +364,7 @@ class Digest:
 
     def _append(self, values: Floats, weights: Floats | float) -> None:
         """Fill the buffer to its brim, compress, go on: the result depends on the sequence of values alone."""
-        self._cached = None
+        self._forget()
         start = 0
         while start < values.size:
             stop = min(values.size, start + self._buffer_values.size - self._num_buffered)
@@ -369,12 +373,9 @@ class Digest:
             self._buffer_weights[free] = weights if isinstance(weights, float) else weights[start:stop]
             self._num_buffered, start = free.stop, stop
             if self._num_buffered == self._buffer_values.size:
-                centroids = self._centroids()
-                self._means, self._weights = centroids.means, centroids.weights
-                if centroids.values.size:
-                    self._minimum, self._maximum = float(centroids.values[0]), float(centroids.values[-1])
+                self._means, self._weights, self._minimum, self._maximum = self._centroids()
                 self._num_buffered = 0
-                self._cached = None
+                self._forget()
 
     def _centroids(self) -> _Centroids:
         """Centroids and buffer, compressed into one. A view for readers: it leaves both as they are."""
@@ -389,10 +390,18 @@ class Digest:
                 means, weights = _compressed(
                     np.concatenate([means, buffered]), np.concatenate([weights, buffer_weights]), self.max_centroids
                 )
-            minimum = min(self._minimum, buffered.min(initial=np.inf))
-            maximum = max(self._maximum, buffered.max(initial=-np.inf))
-            self._cached = _with_nodes(means, weights, minimum, maximum, self._num_values, self._sum_squares)
+            minimum = min(self._minimum, float(buffered.min(initial=np.inf)))
+            maximum = max(self._maximum, float(buffered.max(initial=-np.inf)))
+            self._cached = _Centroids(means, weights, minimum, maximum)
         return self._cached
+
+    def _nodes(self) -> _Nodes:
+        if self._cached_nodes is None:
+            self._cached_nodes = _nodes_between(self._centroids(), self.effective_size)
+        return self._cached_nodes
+
+    def _forget(self) -> None:
+        self._cached = self._cached_nodes = None
 
 
 @lru_cache(maxsize=8)
@@ -426,25 +435,19 @@ def _compressed(values: Floats, weights: Floats, max_centroids: int) -> tuple[Fl
     return np.clip(means, values[starts], values[last]), sums
 
 
-def _with_nodes(
-    means: Floats, weights: Floats, minimum: float, maximum: float, num_values: int, sum_squares: float
-) -> _Centroids:
-    """Add the nodes: every centroid at the middle of its weight, the extremes half a value's weight from the ends.
+def _nodes_between(centroids: _Centroids, effective_size: float) -> _Nodes:
+    """Every centroid at the middle of its weight; the extremes half a value's weight from the ends.
 
-    With equal weights and single values the nodes are then numpy's for linear quantiles.
+    With equal weights and single values the nodes are numpy's for linear quantiles.
     """
+    means, weights, minimum, maximum = centroids
     if not means.size:
-        return _Centroids(means, weights, means, means)
+        return _Nodes(means, means)
     right_edges = np.cumsum(weights)
-    middles = right_edges - 0.5 * weights
-    total = right_edges[-1]
-    half_value = 0.5 * max(sum_squares / total, total / max(num_values, 1))
-    positions = np.empty(means.size + 2)
-    positions[0], positions[-1] = min(half_value, middles[0]), max(total - half_value, middles[-1])
-    positions[1:-1] = np.maximum.accumulate(middles)
-    values = np.empty(means.size + 2)
-    values[0], values[1:-1], values[-1] = minimum, means, maximum
-    return _Centroids(means, weights, positions, values)
+    middles = np.maximum.accumulate(right_edges - 0.5 * weights)
+    half_value = 0.5 * right_edges[-1] / effective_size
+    first, last = min(half_value, middles[0]), max(right_edges[-1] - half_value, middles[-1])
+    return _Nodes(np.concatenate([[first], middles, [last]]), np.concatenate([[minimum], means, [maximum]]))
 
 
 def _between(x: float, xs: Floats, ys: Floats) -> float:

@@ -108,6 +108,10 @@ class Window(Protocol):
         """How many batches the window is still to take from the queue, as far as that can be told."""
 
     @property
+    def num_taken(self) -> int:
+        """Batches that it took from the queue."""
+
+    @property
     def ended(self) -> bool:
         """Whether it is known that the window has nothing to deliver."""
 
@@ -126,8 +130,6 @@ class Window(Protocol):
     """Position of the first sample after it."""
     first_ordinal: int
     """The first batch that it took from the queue."""
-    num_taken: int
-    """Batches that it took from the queue."""
     shape: Shape
     carry: Sequence[Kept]
     """What is left for the next window."""
@@ -262,8 +264,8 @@ def _row_keys(item: Pulled, name: str) -> list[object]:
         return list(keys)
     found = ", ".join(map(repr, fields(item.batch)))
     raise ValueError(
-        f"cache_key is {name!r}, but batch {item.ordinal} has {'no such field' if keys is None else type(keys).__name__}"
-        f" (its fields: {found}): name a field with an entry a row"
+        f"cache_key is {name!r}, but in batch {item.ordinal} that is {keys!r:.80} (its fields: {found}): name a field "
+        "with an entry a row"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -15,6 +15,8 @@ from rich.text import Text
 
 from flowstream.making import Window
 from flowstream.source import ReadAhead
+
+_Show = Callable[[str, float, float], None]
 
 
 class Progress:
@@ -37,7 +39,8 @@ class Progress:
     def line(self, epoch: int, window: int, metrics: Mapping[str, float]) -> None:
         """Show the window that goes into delivery."""
         text = (
-            f"flowstream epoch {epoch} window {window}: τ {metrics['flow/tau']:.4g} ± {metrics['flow/tau_error']:.2g} nats, "
+            f"flowstream epoch {epoch} window {window}: "
+            f"τ {metrics['flow/tau']:.4g} ± {metrics['flow/tau_error']:.2g} nats, "
             f"mean weight {metrics['flow/mean_weight']:.2f}, ESS {metrics['flow/ess']:.0%}, "
             f"{metrics['flow/samples_seen']:.0f} samples, scoring {metrics['flow/score_seconds']:.1f} s"
         )
@@ -58,7 +61,7 @@ class Progress:
             self._live = None
 
     @contextlib.contextmanager
-    def _bar(self, title: str) -> "Iterator[_Advance]":
+    def _bar(self, title: str) -> Iterator[_Show]:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         bar = Bar(*columns, console=self._console, transient=True)
         try:
@@ -67,13 +70,11 @@ class Progress:
             yield lambda description, done, total: None
             return
         task = bar.add_task(title, total=None)
+
+        def show(description: str, done: float, total: float) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
         try:
-            yield lambda description, done, total: bar.update(
-                task, description=description, completed=done, total=total
-            )
+            yield show
         finally:
             bar.stop()
-
-
-class _Advance:
-    def __call__(self, description: str, done: float, total: float) -> None: ...

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowstream.batch import Key, fields, is_array, is_container, path_name, with_fields
+from flowstream.batch import Key, fields, is_array, is_container, num_rows, path_name, with_fields
 
 IGNORED = -100
 """The label that losses ignore, by torch's and transformers' convention."""
@@ -56,13 +56,12 @@ def width_of(batch: Any) -> int:
     return 0 if mask is None else mask.shape[1]
 
 
-def lengths_of(batch: Any) -> list[int] | None:
-    """Tokens of each row between the ends of its mask (all of them without a mask); `None` for what is no sequence."""
+def lengths_of(batch: Any) -> list[int]:
+    """Tokens of each row between the ends of its mask; all of them without a mask, and 0 for what is no sequence."""
     mask = _mask(batch)
     if mask is not None:
         return [stop - start for start, stop in _extents(mask)]
-    sequence = _sequence(batch)
-    return None if sequence is None else [sequence.shape[1]] * len(sequence)
+    return [width_of(batch)] * num_rows(batch)
 
 
 def read_padding(loaded: Sequence[Any]) -> Padding:

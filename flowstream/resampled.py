@@ -26,7 +26,7 @@ from flowstream.making import (
     group_denominators,
 )
 from flowstream.metrics import WeightSums
-from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take, width_of
+from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
 from flowstream.samplers import Systematic, Thin, chunk_size, permutation, uniform
 from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
@@ -270,7 +270,7 @@ class ResampledWindow:
         self._padding = read_padding(list(sources.values()))
         if self._padding.trims:
             lengths_in = {key: lengths_of(batch) for key, batch in sources.items()}
-            lengths = [(lengths_in[id(kept.row.batch)] or {})[kept.row.index] for kept in pool]
+            lengths = [lengths_in[id(kept.row.batch)][kept.row.index] for kept in pool]
         else:
             lengths = [0] * len(pool)
         groups, num_placed = fill_batches(

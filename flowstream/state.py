@@ -41,6 +41,6 @@ def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str,
             )
     if state["reference"] != reference:
         raise ValueError(
-            f"the state was taken with another reference ({state['reference']}) than this stream's ({reference}): score "
-            "with the model that the run began with, or load_state_dict(state, strict=False) if the change is meant"
+            f"the state was taken with another reference ({state['reference']}) than this stream's ({reference}): "
+            "score with the model that the run began with, or load_state_dict(state, strict=False) if that is meant"
         )

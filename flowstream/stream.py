@@ -78,8 +78,8 @@ class FlowStream(IterableDataset[Any]):
         *,
         mode: Mode | Sampler = "weight",
         level: Level = "sample",
-        temperature: Temperature = RunningMedian(),  # noqa: B008: frozen
-        policy: Policy = Flow(),  # noqa: B008: frozen
+        temperature: Temperature = RunningMedian(),
+        policy: Policy = Flow(),
         normalize: bool = False,
         attach: Attach = "key",
         include: tuple[Include, ...] = (),
@@ -133,12 +133,9 @@ class FlowStream(IterableDataset[Any]):
         self._loaded: dict[str, Any] | None = None
         self._closed = False
         self._reference: str | None = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                _logger.warning(
-                    "flowstream runs in a group of %d ranks, but each rank has its own τ, from its own losses",
-                    torch.distributed.get_world_size(),
-                )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            _logger.warning("flowstream does not yet share τ over ranks: each has its own, from its own losses")
 
     # -- iteration ---------------------------------------------------------------------------------
 
@@ -149,9 +146,9 @@ class FlowStream(IterableDataset[Any]):
         """
         if get_worker_info() is not None:
             raise RuntimeError(
-                "FlowStream is iterated over in a worker process: it scores on the device of the main process. Give the "
-                "workers to the inner loader, and this stream to the training loop (DataLoader(stream, batch_size=None) "
-                "with num_workers=0)"
+                "FlowStream is iterated over in a worker process, but it scores on the main process' device: give the "
+                "workers to the inner loader, and iterate over this stream itself (or "
+                "DataLoader(stream, batch_size=None) with num_workers=0)"
             )
         return FlowIterator(self)
 
@@ -210,8 +207,9 @@ class FlowStream(IterableDataset[Any]):
             raise RuntimeError("the stream is closed: build a new one")
         active = self._active
         if active is not None and not active.finished:
-            # One that has delivered nothing is taken over; and an iterator, which is its own loader, has no other epoch.
-            if not active.num_delivered or self._loader is iter(self._loader):
+            # What has delivered nothing is taken over; and a loader that is an iterator has no other epoch.
+            goes_on = not active.num_delivered or isinstance(self._loader, Iterator)
+            if goes_on:
                 return active
         state, self._loaded = self._loaded, None
         if active is not None:

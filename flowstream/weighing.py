@@ -69,8 +69,8 @@ def flatten(scores: Sequence[Scores], level: Level) -> Losses:
     if bool(negative.any()):
         raise ValueError(
             f"a loss of {float(loss[negative][0]):g} nats under the reference ({int(negative.sum())} of {len(loss)} "
-            "are negative): FLOW needs non-negative losses, since e^{-f/τ} of a negative one is above 1. Shift the loss "
-            "to a minimum of 0 (a regression's Gaussian log-likelihood: use the squared error)"
+            "are negative): FLOW needs a non-negative loss, since e^{-f/τ} of a negative one is above 1. Shift it to a "
+            "minimum of 0, or take another (for a regression the squared error, not the log-likelihood)"
         )
     return losses
 

@@ -155,15 +155,17 @@ class WeightedWindow:
         self._deliveries = []
         for i, (item, score) in enumerate(zip(self._pulled, scores, strict=True)):
             rows = num_rows(score)
-            available = {
-                "loss": lambda i=i, score=score: place(flat_losses[i], score, settings.level),
-                "tau": lambda i=i: torch.tensor(tau if isinstance(tau, float) else tau[i]),
-                "index": lambda rows=rows: torch.arange(self.next_index, self.next_index + rows),
-                "denominator": lambda i=i: denominators[i],
-            }
-            extras = {f"flow_{name}": available[name]() for name in settings.include if name != "weight"}
-            placed = place(weights[i], score, settings.level)
-            self._deliveries.append(Delivery(item.batch, placed, extras))
+            extras: dict[str, Tensor] = {}
+            for name in settings.include:
+                if name == "loss":
+                    extras["flow_loss"] = place(flat_losses[i], score, settings.level)
+                elif name == "tau":
+                    extras["flow_tau"] = torch.tensor(tau if isinstance(tau, float) else tau[i])
+                elif name == "index":
+                    extras["flow_index"] = torch.arange(self.next_index, self.next_index + rows)
+                elif name == "denominator":
+                    extras["flow_denominator"] = denominators[i]
+            self._deliveries.append(Delivery(item.batch, place(weights[i], score, settings.level), extras))
             self._num_samples_at.append(len(score.loss))
             self.next_index += rows
             self.num_seen += len(score.loss)

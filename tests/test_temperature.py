@@ -64,7 +64,7 @@ def decayed_median(losses, half_life):
 @pytest.mark.parametrize("q", [0.25, 0.5, 0.8])
 def test_running_median_is_the_quantile_of_all_losses_so_far(backend, q):
     losses = np.random.default_rng(0).lognormal(size=20_000)
-    temperature = run(RunningTemperature(RunningMedian(quantile=q, backend=backend), "sample"), losses)
+    temperature = run(RunningTemperature(RunningMedian(quantile=q, backend=backend), "sample"), losses, window=640)
     assert temperature.tau() == pytest.approx(np.quantile(losses, q), rel=1e-3 if backend == "numpy" else 1e-2)
     assert temperature.num_samples == 20_000
 
@@ -81,7 +81,7 @@ def test_first_window_takes_its_own_median_and_later_windows_the_past_one(backen
 def test_half_life_gives_the_exactly_decayed_median(backend):
     losses = np.linspace(1, 3, 40_000) * np.random.default_rng(0).gamma(3.0, size=40_000)
     spec = RunningMedian(half_life_samples=5000, backend=backend)
-    temperature = run(RunningTemperature(spec, "sample"), losses)
+    temperature = run(RunningTemperature(spec, "sample"), losses, window=640)
     expected = decayed_median(losses, 5000)
     assert temperature.tau() == pytest.approx(expected, rel=2e-3 if backend == "numpy" else 1e-2)
     assert abs(np.median(losses) / expected - 1) > 0.1
@@ -92,6 +92,12 @@ def test_half_life_counts_samples_over_all_ranks():
     spec = RunningMedian(half_life_samples=5000)
     temperature = run(RunningTemperature(spec, "sample"), losses, window=512, ranks=4)
     assert temperature.tau() == pytest.approx(decayed_median(losses, 5000), rel=2e-3)
+
+
+def test_ages_within_a_window_are_counted_over_all_ranks():
+    temperature = RunningTemperature(RunningMedian(half_life_samples=1), "sample")
+    digest = temperature.window_digest([5.0, 3.0, 1.0], world_size=2)
+    assert dict(zip(digest.means, digest.weights, strict=True)) == {5.0: 1 / 16, 3.0: 1 / 4, 1.0: 1.0}
 
 
 def test_ages_of_tokens_are_those_of_their_samples():
@@ -138,7 +144,7 @@ def test_fixed_temperature_needs_nothing():
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
 def test_target_ess_is_reached_on_the_raw_losses(backend, fraction):
     losses = np.random.default_rng(0).lognormal(size=20_000)
-    temperature = run(RunningTemperature(TargetESS(fraction, backend=backend), "sample"), losses)
+    temperature = run(RunningTemperature(TargetESS(fraction, backend=backend), "sample"), losses, window=640)
     assert ess(losses, temperature.tau()) == pytest.approx(fraction, abs=2e-3 if backend == "numpy" else 1e-2)
 
 

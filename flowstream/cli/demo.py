@@ -17,7 +17,7 @@ class Demo:
     seeds: int = 2
     """Number of paired repetitions: orders of the fine-tuning set, and draws of the samplers."""
     quick: bool = False
-    """A short run of everything with one seed, for tests: its numbers mean nothing."""
+    """A short run of everything, for tests: its numbers mean nothing."""
     steps: int | None = None
     """Fine-tuning steps, instead of the preset's."""
     learning_rates: tuple[float, ...] = ()
@@ -36,4 +36,4 @@ class Demo:
         from flowstream.demo.runner import run
 
         settings = adapted(QUICK if self.quick else FULL, self.steps, self.learning_rates)
-        run(settings, range(1 if self.quick else self.seeds), self.out)
+        run(settings, range(self.seeds), self.out)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from flowstream.demo.evaluation import Measures
 from flowstream.demo.feeds import BASELINE, METHODS
@@ -33,6 +34,7 @@ def judge(
     The curve: standard's points that none of its others beats on validation. A method's point: the lowest target loss
     plus retained loss on validation. Both are then valued on the test split, so no choice profits from its own luck.
     """
+    test_measures, answer_accuracy = cache(test_measures), cache(answer_accuracy)
     (seed,) = {run.seed for run in runs}
     points = {
         method: {
@@ -69,7 +71,7 @@ def judge(
         places = list(allowed)
         best = best_sum([p.target_loss for p in allowed.values()], [p.retained_loss for p in allowed.values()])
         _, learning_rate, step = place = places[best]
-        measures = on_test.get(place) or test_measures(place)
+        measures = test_measures(place)
         return Choice(
             seed=seed,
             learning_rate=learning_rate,

@@ -7,17 +7,12 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import PreTrainedModel
 
-from flowstream.demo.evaluation import decode_answers
-from flowstream.demo.experiment import SeedOutcome, Task
+from flowstream.demo.experiment import SeedOutcome
 from flowstream.demo.feeds import BASELINE, METHODS
 from flowstream.demo.preparation import Prepared
 from flowstream.demo.problems import LEVELS
-from flowstream.demo.results import Figure, MethodResult, ProblemSample, Results, RunResult, Temperature
-
-_NUM_SHOWN = 3
-"""Problems shown from each end."""
+from flowstream.demo.results import Figure, MethodResult, Results, RunResult, Temperature
 
 
 def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[str, float]) -> Results:
@@ -31,17 +26,15 @@ def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[s
             "train_chars": prepared.num_train_chars,
             "train_tokens": prepared.num_train_tokens,
             "pretraining_tokens": task.settings.model.steps * task.settings.model.batch * task.settings.model.context,
-            "validation_tokens": task.validation_text.numel(),
-            "test_tokens": task.test_text.numel(),
+            "validation_tokens": sum(map(len, task.validation_text)),
+            "test_tokens": sum(map(len, task.test_text)),
         },
-        parameters=first.chosen.num_parameters(),
+        parameters=first.num_parameters,
         pretraining_loss=prepared.losses,
         reference=first.reference,
         loss_by_level={
             level: tuple(
-                float(loss)
-                for loss, problem in zip(first.offline.loss, task.problems, strict=True)
-                if problem.level == level
+                loss for loss, problem in zip(first.losses, task.problems, strict=True) if problem.level == level
             )
             for level in LEVELS
         },
@@ -49,16 +42,16 @@ def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[s
         runs=tuple(runs),
         curves=tuple(outcome.judged.curve for outcome in outcomes),
         methods={method: _method(method, outcomes, runs) for method in METHODS},
-        samples=_samples(task, first),
+        samples=first.samples,
         seconds=seconds,
     )
 
 
 def _temperature(outcomes: Sequence[SeedOutcome]) -> Temperature:
-    exact = outcomes[0].offline.tau
+    exact = outcomes[0].tau
     return Temperature(
         exact=exact,
-        exact_ess=outcomes[0].offline.effective_fraction,
+        exact_ess=outcomes[0].ess,
         online={outcome.seed: outcome.windows for outcome in outcomes},
         relative_error=max(abs(outcome.windows[-1].tau / exact - 1) for outcome in outcomes),
     )
@@ -85,25 +78,6 @@ def _method(method: str, outcomes: Sequence[SeedOutcome], runs: Sequence[RunResu
         acceptance=statistics.fmean(run.acceptance for run in own),
         seconds=statistics.fmean(run.seconds for run in own),
         score_seconds=statistics.fmean(run.score_seconds for run in own),
-    )
-
-
-def _samples(task: Task, outcome: SeedOutcome) -> tuple[ProblemSample, ...]:
-    order = outcome.offline.loss.argsort().tolist()
-    shown = order[:_NUM_SHOWN] + order[-_NUM_SHOWN:]
-    problems = [task.problems[number] for number in shown]
-    model: PreTrainedModel = outcome.chosen
-    decoded = decode_answers(model, task.encoder(), [problem.question for problem in problems])
-    return tuple(
-        ProblemSample(
-            level=problem.level,
-            question=problem.question,
-            worked=problem.worked,
-            loss=float(outcome.offline.loss[number]),
-            weight=float(outcome.offline.weight[number]),
-            decoded=answer,
-        )
-        for number, problem, answer in zip(shown, problems, decoded, strict=True)
     )
 
 

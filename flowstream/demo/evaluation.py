@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowstream.demo.problems import Problem, read_answer
@@ -30,10 +29,10 @@ class Measures:
 class EvaluationSplit:
     """One split to measure on: problems and chunks of held-out text, batched once."""
 
-    def __init__(self, problems: Sequence[Problem], text: Tensor, encoder: Encoder) -> None:
+    def __init__(self, problems: Sequence[Problem], text: list[list[int]], encoder: Encoder) -> None:
         self.problems = tuple(problems)
         self._encoder = encoder
-        self._text = text
+        self._text = torch.tensor(text)
         encoded = sorted((encoder.encode(p.question, p.worked) for p in problems), key=lambda one: len(one.ids))
         self._batches = [
             encoder.collate((0, one) for one in encoded[start : start + _BATCH])

@@ -10,17 +10,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import flowstream as fs
 from flowstream.demo.analysis import Judged, Place, judge
-from flowstream.demo.evaluation import EvaluationSplit
+from flowstream.demo.evaluation import EvaluationSplit, decode_answers
 from flowstream.demo.feeds import BASELINE, METHODS, Kitchen, uniform_subset
 from flowstream.demo.offline import OfflineFlow, score_offline
 from flowstream.demo.pretraining import ModelSize
 from flowstream.demo.problems import Problem
-from flowstream.demo.results import PointResult, RunResult, TauWindow
+from flowstream.demo.results import PointResult, ProblemSample, RunResult, TauWindow
 from flowstream.demo.shards import Encoder, open_shards
 from flowstream.demo.training import Run, finetune
 
+_NUM_SHOWN = 3
+"""Problems shown from each end of difficulty."""
+
 Report = Callable[[str], None]
-"""Told what begins."""
+"""Told of every run that is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class Settings:
     warmup_samples: int = 256
     num_decoded: int = 64
     """Test problems whose answers are decoded for the answer accuracy."""
+    max_processes: int = 8
+    """Seeds run side by side, one process each, as far as cores reach."""
 
     @property
     def measured_steps(self) -> frozenset[int]:
@@ -65,8 +70,9 @@ class Task:
     """The fine-tuning set; a problem's number is its place."""
     validation: tuple[Problem, ...]
     test: tuple[Problem, ...]
-    validation_text: Tensor
-    test_text: Tensor
+    validation_text: list[list[int]]
+    """Chunks of held-out text as tokens; lists, since tensors do not travel between processes as lightly."""
+    test_text: list[list[int]]
 
     def encoder(self) -> Encoder:
         """The checkpoint's tokenizer."""
@@ -91,18 +97,24 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedOutcome:
-    """Everything that one seed found."""
+    """Everything that one seed found, in plain values."""
 
     seed: int
-    offline: OfflineFlow
+    num_parameters: int
     reference: dict[str, dict[str, float]]
     """Split → the measures of the checkpoint."""
-    runs: list[RunResult]
+    tau: float
+    """The offline median, nats."""
+    ess: float
+    """ESS/n of the offline weights."""
+    losses: tuple[float, ...]
+    """The reference's loss of every fine-tuning problem, by its number."""
+    runs: tuple[RunResult, ...]
     judged: Judged
     windows: tuple[TauWindow, ...]
     """What the weighted stream told of τ along its way."""
-    chosen: PreTrainedModel
-    """Standard fine-tuning's chosen model, whose answers a reader may want to see."""
+    samples: tuple[ProblemSample, ...]
+    """The easiest and the hardest problems, and what standard fine-tuning's chosen model answers to them."""
 
 
 def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
@@ -127,7 +139,6 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
     runs: dict[tuple[str, float], Run] = {}
     for learning_rate in settings.learning_rates:
         for method in METHODS:
-            report(f"seed {seed}, {METHODS[method]}, learning rate {learning_rate:g}")
             subset = None
             if method == "subsampled":
                 num_kept = runs["resampled", learning_rate].num_samples
@@ -142,7 +153,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
                     measure=splits["validation"].measure,
                     trace_every=settings.window,
                 )
-    report(f"seed {seed}, test split")
+            report(f"seed {seed}: {METHODS[method]}, {learning_rate:g}")
 
     def restore(place: Place) -> PreTrainedModel:
         method, learning_rate, step = place
@@ -156,16 +167,37 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
         lambda place: splits["test"].measure(restore(place)),
         lambda place: splits["test"].answer_accuracy(restore(place), settings.num_decoded),
     )
-    chosen = judged.choices["equal_steps"][BASELINE]
+    offline, chosen = kitchen.offline, judged.choices["equal_steps"][BASELINE]
     assert chosen is not None  # every point of a run fits its own steps
     return SeedOutcome(
         seed=seed,
-        offline=kitchen.offline,
+        num_parameters=num_parameters,
         reference={name: asdict(split.measure(reference)) for name, split in splits.items()},
-        runs=results,
+        tau=offline.tau,
+        ess=offline.effective_fraction,
+        losses=tuple(offline.loss.tolist()),
+        runs=tuple(results),
         judged=judged,
         windows=runs["weighted", settings.learning_rates[0]].windows,
-        chosen=restore((BASELINE, chosen.learning_rate, chosen.step)),
+        samples=_samples(task, offline, restore((BASELINE, chosen.learning_rate, chosen.step)), encoder),
+    )
+
+
+def _samples(task: Task, offline: OfflineFlow, model: PreTrainedModel, encoder: Encoder) -> tuple[ProblemSample, ...]:
+    order = offline.loss.argsort().tolist()
+    shown = order[:_NUM_SHOWN] + order[-_NUM_SHOWN:]
+    problems = [task.problems[number] for number in shown]
+    decoded = decode_answers(model, encoder, [problem.question for problem in problems])
+    return tuple(
+        ProblemSample(
+            level=problem.level,
+            question=problem.question,
+            worked=problem.worked,
+            loss=float(offline.loss[number]),
+            weight=float(offline.weight[number]),
+            decoded=answer,
+        )
+        for number, problem, answer in zip(shown, problems, decoded, strict=True)
     )
 
 

@@ -65,12 +65,12 @@ class Feed(AbstractContextManager["Feed"]):
 
     def metrics(self) -> dict[str, float]:
         """The stream's metrics; empty where there is no stream."""
-        return self._stream.metrics() if self._stream else {}
+        return self._stream.metrics() if self._stream is not None else {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream:
+        if self._stream is not None:
             self._stream.close()
 
     def _epochs(self) -> Iterator[dict[str, Tensor]]:

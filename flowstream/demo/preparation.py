@@ -12,6 +12,7 @@ from flowstream.demo.pretraining import chunk, pretrain, train_tokenizer
 from flowstream.demo.problems import make_problems
 from flowstream.demo.shards import write_shards
 
+_SPLITS = ("train", "validation", "test")
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED = 1, 2, 3
 
 
@@ -53,17 +54,14 @@ def prepare(settings: Settings, folder: Path, on_step: Callable[[int], None]) ->
         test_text=_spread(chunks["test"], 2 * settings.num_text_chunks),
     )
     return Prepared(
-        task=task, num_train_chars=_num_chars(corpus), num_train_tokens=chunks["train"].numel(), losses=tuple(losses)
+        task=task,
+        num_train_chars=sum(map(len, corpus.train)),
+        num_train_tokens=chunks["train"].numel(),
+        losses=tuple(losses),
     )
 
 
-_SPLITS = ("train", "validation", "test")
-
-
-def _spread(chunks: Tensor, num_chunks: int) -> Tensor:
+def _spread(chunks: Tensor, num_chunks: int) -> list[list[int]]:
     """Chunks from all over a split: every k-th."""
-    return chunks[:: max(1, len(chunks) // num_chunks)][:num_chunks].clone()
-
-
-def _num_chars(corpus: Corpus) -> int:
-    return sum(map(len, corpus.train))
+    rows: list[list[int]] = chunks[:: max(1, len(chunks) // num_chunks)][:num_chunks].tolist()
+    return rows

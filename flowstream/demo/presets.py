@@ -6,10 +6,10 @@ from dataclasses import replace
 from flowstream.demo.experiment import Settings
 from flowstream.demo.pretraining import ModelSize
 
-FULL = Settings(model=ModelSize(steps=1200, batch=8))
+FULL = Settings()
 
 QUICK = Settings(
-    model=ModelSize(vocabulary=512, width=48, layers=2, context=64, steps=60, batch=8),
+    model=ModelSize(vocabulary=512, width=48, layers=2, context=64, steps=60, batch=8, max_threads=1),
     max_train_chars=400_000,
     num_problems=256,
     num_shards=4,
@@ -17,10 +17,11 @@ QUICK = Settings(
     num_test=32,
     num_text_chunks=8,
     learning_rates=(1e-3, 4e-3),
-    steps=24,
+    steps=16,
     window=4,
     warmup_samples=64,
     num_decoded=8,
+    max_processes=1,
 )
 
 

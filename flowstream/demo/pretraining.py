@@ -15,6 +15,7 @@ BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 
 _LEARNING_RATE = 4e-3
 _WARMUP = 0.05
+_MAX_TOKENS = 512
 _TOKENIZER_CHARS = 1_500_000
 """Text that the merges are learnt from; more does not change the first thousand much and takes longer."""
 
@@ -28,9 +29,11 @@ class ModelSize:
     layers: int = 3
     heads: int = 4
     context: int = 128
-    """Tokens in a chunk of pre-training text; problems may be twice as long."""
-    batch: int = 32
-    steps: int = 400
+    """Tokens in a chunk of pre-training text."""
+    batch: int = 8
+    steps: int = 1200
+    max_threads: int = 64
+    """More threads than a model this small can use make it slower, on busy cores much slower."""
 
 
 def train_tokenizer(blocks: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -58,6 +61,7 @@ def pretrain(
 ) -> Path:
     """Train on chunks `[num_chunks, length]` and save model and tokenizer to `folder`, ready for `from_pretrained`."""
     torch.manual_seed(0)
+    torch.set_num_threads(min(torch.get_num_threads(), size.max_threads))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.width,
@@ -65,7 +69,7 @@ def pretrain(
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
-        max_position_embeddings=2 * size.context,
+        max_position_embeddings=_MAX_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

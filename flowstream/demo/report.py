@@ -111,7 +111,7 @@ def _sections(results: Results) -> Iterable[str]:
     )
     yield "<h2>The figures</h2>" + _table(head, rows)
     yield (
-        "<p><b>gain</b>: how much lower the loss on held-out pre-training text is than on standard fine-tuning's curve at "
+        "<p><b>equal steps</b>, <b>equal FLOPs</b>: the gain, that is how much lower the loss on held-out pre-training text is than on standard fine-tuning's curve at "
         "the <i>same</i> target loss, in nats a token, mean ± standard deviation over seeds (positive retains more). "
         "The learning rate and the step are chosen on validation (lowest target plus retained loss) and valued on the "
         "test split, as are the points of the curve. “Outside” counts seeds where the chosen target lies beyond the "

@@ -6,16 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flowstream.demo.collection import collect
-from flowstream.demo.experiment import Settings, run_seed
+from flowstream.demo.experiment import Settings
 from flowstream.demo.feeds import METHODS
+from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
 from flowstream.demo.report import summary_rows, verdict, write_report
 from flowstream.demo.results import Results
+
+_NUM_COLUMNS = 6
+"""Of the report's table, as many as a terminal has room for."""
 
 
 def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
@@ -37,11 +42,11 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
         num_runs = len(seeds) * len(METHODS) * len(settings.learning_rates)
         bar = progress.add_task("fine-tuning", total=num_runs)
 
-        def begin(what: str) -> None:
-            progress.update(bar, description=what)
+        def finished(what: str) -> None:
+            progress.update(bar, advance=1, description=what)
 
         with _timed(seconds, "fine-tuning"):
-            outcomes = [run_seed(prepared.task, seed, begin) for seed in seeds]
+            outcomes = run_seeds(prepared.task, seeds, finished)
     seconds["total"] = time.perf_counter() - began
     results = collect(prepared, outcomes, seconds)
     results.save(out / "results.json")
@@ -53,14 +58,11 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
 
 def _summarise(results: Results, console: Console) -> None:
     head, rows = summary_rows(results)
-    table = Table(
-        title="Gain: retained loss below standard's curve at equal target, test split, nats a token",
-        title_justify="left",
-    )
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left")
+    table = Table(title="Retained above standard's curve at equal target (test split, nats a token)", box=box.SIMPLE)
+    for number, name in enumerate(head[:_NUM_COLUMNS]):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number < 3)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*row[:_NUM_COLUMNS])
     console.print(table)
     console.print(verdict(results), highlight=False)
     temperature = results.temperature

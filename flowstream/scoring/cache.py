@@ -10,7 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 _ENTRY_OVERHEAD = 288
-"""What an entry costs beside its values: the key, the array object, and its place in the dict (measured, rounded up)."""
+"""What an entry costs beside its values: the key, the array object, its place in the dict (measured, rounded up)."""
 
 
 class LossCache:

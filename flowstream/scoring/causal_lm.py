@@ -21,7 +21,6 @@ from flowstream.scoring.language import (
     Language,
     Whole,
     check_logits,
-    default_budget,
     further_inputs,
     labelled,
     read_whole,
@@ -63,9 +62,9 @@ class CausalLMScorer:
     """Losses of any Hugging Face causal language model, frozen. A `Scorer`.
 
     A sample's loss is the mean over its labelled tokens, in nats, as if it were alone and unpadded: it does not depend
-    on left or right padding, on packing, or on its neighbours. Labels are predicted from the token before (shifted here,
-    not by the loader), so the first token of a sample has no loss; -100 is ignored; without labels, all tokens count.
-    Tokens where `attention_mask` is 0 are no part of the sample.
+    on left or right padding, on packing, or on its neighbours. Labels are predicted from the token before (shifted
+    here, not by the loader), so the first token of a sample has no loss; -100 is ignored; without labels, all tokens
+    count. Tokens where `attention_mask` is 0 are no part of the sample.
 
     Batches: mappings, dataclasses or namedtuples with `input_ids` [B, T] and optionally `attention_mask`, `labels`,
     `position_ids`; tuples `(input_ids,)`, `(input_ids, labels)`, `(mapping, labels)`. Rows whose `position_ids` restart
@@ -93,7 +92,7 @@ class CausalLMScorer:
         if "input_ids" not in self._reference.accepted:
             raise ValueError(f"{type(model).__name__}.forward takes no input_ids: it is no causal language model")
         self._language = Language.of(self._reference)
-        self._budget = Budget(token_budget or default_budget(self._reference.device))
+        self._budget = Budget.of(token_budget, self._reference.device)
         self._fingerprint = self._reference.fingerprint(type(self).__name__, _VERSION)
         self._told_padding = False
 
@@ -113,6 +112,7 @@ class CausalLMScorer:
         model = model if device is None else model.to(device)
         return cls(model, copy=False, token_budget=token_budget)
 
+    @torch.inference_mode(False)
     def begin(
         self,
         batches: Sequence[Any],
@@ -128,9 +128,7 @@ class CausalLMScorer:
             self._read(batch, Place(number), namespace, keys_of_rows)
             for number, (batch, keys_of_rows) in enumerate(zip(batches, keys, strict=True))
         ]
-        return WindowJob(
-            readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss
-        )
+        return WindowJob(readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss)
 
     def check(self) -> None:
         self._reference.check()
@@ -148,11 +146,11 @@ class CausalLMScorer:
 
     def _read(self, batch: Any, place: Place, namespace: bytes, row_keys: Sequence[object] | None) -> Reading:
         named = named_fields(batch, place, "input_ids")
-        further = further_inputs(
-            named, ("input_ids", "attention_mask", "position_ids"), self._reference, place
-        )
+        further = further_inputs(named, ("input_ids", "attention_mask", "position_ids"), self._reference, place)
         if "input_ids" not in named and "inputs_embeds" not in further:
-            raise ValueError(f"{place} has no input_ids, only {sorted(named)}: name the ids so, or write (input_ids, labels)")
+            raise ValueError(
+                f"{place} has no input_ids, only {sorted(named)}: name the ids so, or write (input_ids, labels)"
+            )
         ids = self._ids(named, place)
         mask = mask_of(named.get("attention_mask"), ids.shape, place)
         if "input_ids" in named:
@@ -239,15 +237,18 @@ class CausalLMScorer:
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """All rows as they are, with all inputs."""
-        inputs = {name: named[name] for name in further | ({"input_ids", "attention_mask", "position_ids"} & set(named))}
+        inputs = {
+            name: named[name] for name in further | ({"input_ids", "attention_mask", "position_ids"} & set(named))
+        }
         inputs = {name: value for name, value in inputs.items() if name in self._reference.accepted}
         positions = inputs.get("position_ids")
         if is_array(positions) and positions.ndim == 2:
             given = self._positions(named, labels, place)
             if any(len(_segments(mask[b], None if given is None else given[b])) > 1 for b in range(len(labels))):
                 raise ValueError(
-                    f"{place} is packed (its position_ids restart) and has further inputs ({', '.join(sorted(further))}), "
-                    "which nothing assigns to its documents: pack text only, or drop those keys"
+                    f"{place} is packed (its position_ids restart) and has further inputs "
+                    f"({', '.join(sorted(further))}), which nothing assigns to its documents: pack text only, or drop "
+                    "those keys"
                 )
         elif positions is None and not mask[:, 0].all() and self._takes_plain_positions():
             # Most models number positions from the left edge, padding or not.

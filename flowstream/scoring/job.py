@@ -74,6 +74,11 @@ class Budget:
         if self.tokens < 1:
             raise ValueError(f"token_budget must be at least 1, not {self.tokens}")
 
+    @classmethod
+    def of(cls, tokens: int | None, device: torch.device) -> Budget:
+        """`tokens`, or by default enough to fill the device and little enough to sit beside a training step."""
+        return cls((4096 if device.type == "cpu" else 16384) if tokens is None else tokens)
+
     def halve(self, size: int) -> None:
         """After a micro-batch of `size` tokens did not fit."""
         self.tokens = max(min(self.tokens, size) // 2, 1)
@@ -136,6 +141,7 @@ class WindowJob:
         self.num_steps = len(self._queue)
         self.cost += Cost(num_tokens=sum(s.num_tokens for s in samples), num_padded=_padded(samples))
 
+    @torch.inference_mode(False)  # or the caller's mode would give weights that no backward takes
     def finish(self) -> list[Scores]:
         """Run what is left, fetch all losses in one copy, round them to what is stored, and place them."""
         while self._queue:
@@ -181,17 +187,16 @@ class WindowJob:
         try:
             return self._run(samples)
         except torch.OutOfMemoryError as error:
-            size = _padded(samples)
             if samples[0].whole:
                 raise RuntimeError(
-                    f"the scorer ran out of memory on a batch of {len(samples)} rows ({size} tokens), which has "
-                    "inputs that cannot be split: make the loader's batches smaller, or score on another device"
+                    f"the scorer ran out of memory on a batch of {len(samples)} rows ({_size(samples)} tokens), which "
+                    "has inputs that cannot be split: make the loader's batches smaller, or score on another device"
                 ) from error
             if len(samples) == 1:
                 raise RuntimeError(
-                    f"the scorer ran out of memory on a single sample of {samples[0].num_tokens} tokens (budget "
-                    f"{self._budget.tokens}): truncate the samples, free memory for the reference, load it in a "
-                    "smaller dtype, or score on another device"
+                    f"the scorer ran out of memory on a single sample of {_size(samples)} tokens (the budget of a "
+                    f"micro-batch is {self._budget.tokens}): truncate the samples, free memory for the reference, load "
+                    "it in a smaller dtype, or score on another device"
                 ) from error
         # Here the error is gone, and with its traceback what the failed forward held.
         if torch.cuda.is_available():
@@ -200,7 +205,7 @@ class WindowJob:
 
     def _halve(self) -> None:
         """Plan anew what is left, under half of what did not fit."""
-        self._budget.halve(_padded(self._queue[0]))
+        self._budget.halve(_size(self._queue[0]))
         left = [micro_batch for micro_batch in self._queue if not micro_batch[0].whole]
         whole = [micro_batch for micro_batch in self._queue if micro_batch[0].whole]
         self._queue = deque(self._micro_batches(s for micro_batch in left for s in micro_batch))
@@ -241,8 +246,13 @@ class WindowJob:
 
 
 def _padded(samples: list[Sample]) -> int:
-    """Tokens of a micro-batch with its padding."""
+    """What the reference reads of a micro-batch, with padding."""
     return max(s.num_tokens for s in samples) * len(samples)
+
+
+def _size(samples: list[Sample]) -> int:
+    """What a micro-batch takes of the budget."""
+    return max(s.length for s in samples) * len(samples)
 
 
 # What is stored of a sample: its mean loss in fp32 at level "sample", its losses in fp16 at level "token". Losses are

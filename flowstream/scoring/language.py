@@ -7,23 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from flowstream.batch import is_array
 from flowstream.scoring.cache import content_key, row_key
 from flowstream.scoring.head import logits_of, token_losses
 from flowstream.scoring.job import Reading, Sample
-from flowstream.scoring.reading import (
-    IGNORED,
-    REMEDY,
-    Integers,
-    Place,
-    as_tensor,
-    content,
-    same_shape,
-    to_device,
-)
+from flowstream.scoring.reading import IGNORED, REMEDY, Integers, Place, as_tensor, content, to_device
 from flowstream.scoring.reference import Reference
 
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings"})
@@ -137,8 +127,8 @@ def read_whole(
     counts = [len(where) for where in positions]
     if row_keys is None:
         # Per row the whole batch: what is not laid out by rows may concern any of them.
-        bits = b"".join(name.encode() + content(tensor) for name, tensor in sorted(tensors.items()))
-        bits = content_key(namespace, bits, labels)
+        parts = [part for name, tensor in sorted(tensors.items()) for part in content(name, tensor)]
+        bits = content_key(namespace, *parts, labels)
         keys = [content_key(bits, f"row {row}".encode()) for row in range(len(labels))]
     else:
         keys = [row_key(namespace, key, count=n) for key, n in zip(row_keys, counts, strict=True)]
@@ -174,17 +164,6 @@ def check_logits(logits: Tensor, shape: tuple[int, int]) -> None:
         )
 
 
-def read_labels(value: Integers, shape: tuple[int, ...], place: Place) -> Integers:
-    """Labels that are shaped like the ids."""
-    same_shape(value, "labels", shape, place)
-    return value
-
-
-def real_columns(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> list[Integers]:
-    """The columns of each row that hold tokens, in order."""
-    return [np.flatnonzero(row) for row in mask]
-
-
 def labelled(labels: Integers) -> Integers:
     """Where a sample's labels say something."""
     return np.flatnonzero(labels != IGNORED)
@@ -207,8 +186,3 @@ def _has_table(model: nn.Module) -> bool:
         isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
         for name, module in model.named_modules()
     )
-
-
-def default_budget(device: torch.device) -> int:
-    """Tokens a micro-batch: enough to fill the device, little enough to sit beside a training step."""
-    return 4096 if device.type == "cpu" else 16384

@@ -55,7 +55,7 @@ def named_fields(batch: Any, place: Place, main: str) -> dict[str, Any]:
 
 
 def integers(value: Any, name: str, place: Place, ndim: int = 2) -> Integers:
-    """`value` as an int64 array on the CPU; `ValueError` unless it is a tensor or array of integers with `ndim` axes."""
+    """`value` as an int64 array on the CPU; `ValueError` unless it is a tensor or array of integers of `ndim` axes."""
     if not is_array(value):
         raise ValueError(
             f"{name} of {place} is {_described(value)}: a scorer needs a tensor or an array of shape "
@@ -128,10 +128,10 @@ def as_tensor(value: Any) -> Tensor:
     return torch.from_numpy(value if value.flags.writeable else value.copy())
 
 
-def content(value: Tensor) -> bytes:
-    """The bytes of a tensor, with its dtype and shape: what a key is made of."""
+def content(name: str, value: Tensor) -> tuple[bytes, NDArray[np.uint8]]:
+    """A tensor's name, dtype and shape, and its bits: what a key is made of."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return f"{value.dtype}{tuple(value.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+    return f"{name} {value.dtype} {tuple(value.shape)}".encode(), flat.view(torch.uint8).numpy()
 
 
 def to_device(array: Tensor | NDArray[Any], device: torch.device) -> Tensor:
@@ -155,4 +155,6 @@ def _axes(ndim: int) -> str:
 
 
 def _described(value: Any) -> str:
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+    return (
+        f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+    )

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -53,8 +54,11 @@ class Reference:
             copy = wanted != where or any(p.requires_grad for p in model.parameters())
         self.copied = bool(copy)
         self.model = _frozen_copy(model, wanted) if self.copied else model
-        self.accepted = frozenset(_forward_names(self.model))
+        names = _forward_names(self.model)
+        self.accepted = frozenset(names)
         """Names of the arguments that the model's forward takes."""
+        self.first = names[0] if names else None
+        """The first of them: what a lone input is."""
         self._places: dict[tuple[str, int], Tensor] = {}
         self._sampled = self._sample()
 
@@ -180,9 +184,9 @@ def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
-    return torch.device("cpu") if first is None else first.device
+    for tensor in chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def _indexed(device: torch.device) -> torch.device:
