@@ -427,7 +427,7 @@ def _compressed(values: Floats, weights: Floats, max_centroids: int) -> tuple[Fl
     middles[1:] *= 0.5
     middles[0] *= 0.5
     cells = np.searchsorted(middles, _grid(max_centroids) * right_edges[-1])
-    starts = np.unique(cells[cells < values.size])
+    starts = cells[(np.diff(cells, prepend=-1) > 0) & (cells < values.size)]
     sums = np.add.reduceat(weights, starts)
     means = np.add.reduceat(values * weights, starts) / sums
     last = np.append(starts[1:], values.size) - 1

@@ -60,6 +60,7 @@ class Epoch:
         self._first_position = 0
         self._num_due = 0
         self._num_pulled = 0
+        self._started = False
         self._done = False
         self._entered_at = math.nan
 
@@ -106,7 +107,9 @@ class Epoch:
     def _start(self) -> None:
         state, reader, running = self._resume, self._reader, self._running
         if state is None:
-            reader.start()
+            if not self._started:
+                reader.start()
+                self._started = True
             if not reader.pull():
                 reader.reraise(f" {self.number}")
                 self._done = True

@@ -245,13 +245,19 @@ def digest_of(losses: Losses, recipe: Recipe, terms: Terms) -> Digest:
 
 
 def batch_temperatures(losses: Losses, temperature: RunningTemperature) -> list[float]:
-    """τ of each batch from its own losses."""
-    parts = zip(losses.loss.split(losses.sizes), losses.usable.split(losses.sizes), strict=True)
-    return [temperature.batch_tau(loss[usable].numpy()) for loss, usable in parts]
+    """τ of each batch from its own losses; samples without a label count as NaN."""
+    known = torch.where(losses.labelled, losses.loss, torch.nan)
+    return [temperature.batch_tau(loss.numpy()) for loss in known.split(losses.sizes)]
 
 
-def group_denominators(counts: Sequence[int], accumulate: int) -> list[Tensor]:
-    """Of each delivery, the labelled tokens (or samples) of the `accumulate` deliveries it shares a step with: 0-d."""
+def group_denominators(counts: Sequence[int], settings: Settings) -> list[Tensor]:
+    """Of each delivery, the labelled tokens (or samples) of the `accumulate` deliveries it shares a step with: 0-d.
+
+    `counts`: those of each delivery. Empty where nobody asked.
+    """
+    if "denominator" not in settings.include:
+        return []
+    accumulate = settings.accumulate
     sums = [sum(counts[i : i + accumulate]) for i in range(0, len(counts), accumulate)]
     return [torch.tensor(float(sums[i // accumulate])) for i in range(len(counts))]
 

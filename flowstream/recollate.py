@@ -6,6 +6,7 @@ anew, on the side and with the id that the loader's batches show.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowstream.batch import Key, fields, is_array, is_container, num_rows, path_name, with_fields
+from flowstream.batch import Key, fields, has_entries, inputs, is_array, is_container, leaves, num_rows, path_name
+from flowstream.batch import with_fields as _with_fields
 
 IGNORED = -100
 """The label that losses ignore, by torch's and transformers' convention."""
@@ -23,6 +26,10 @@ IGNORED = -100
 Side = Literal["left", "right"]
 Recollate = Callable[[list[Any]], Any]
 """Samples (a batch's fields, without the row dimension) → one batch, as a `collate_fn`."""
+
+Path = tuple[Key, ...]
+Span = tuple[int, int]
+"""From where to where a row holds something, half-open."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Padding:
     """Whether widths differ from batch to batch. Where all are equal they are left so: somebody wants static shapes."""
     multiple: int = 1
     """A power of two that divides all widths: `pad_to_multiple_of` is kept."""
+    tokens: frozenset[Path] = frozenset()
+    """Fields along a row's tokens: in every batch as wide as its mask or ids. Empty unless it `trims`."""
+    targets: frozenset[Path] = frozenset()
+    """Fields along a decoder's tokens, whose widths are their own and differ; padded on the right."""
+    target_multiple: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,201 +58,321 @@ class Row:
 
 
 def take(row: Row) -> Any:
-    """The row as a sample: the batch's fields without their first dimension."""
-    return _map(row.batch, lambda leaf: leaf[row.index] if _per_row(leaf) else leaf)
+    """The row as a sample: the batch's fields without their first dimension, padding and all."""
+    return _taken(row.batch, row.index, num_rows(row.batch), nested=False)
 
 
 def width_of(batch: Any) -> int:
     """Padded tokens of a row: the second dimension of the mask or the ids; 0 for what is no sequence."""
-    mask = _sequence(batch)
-    return 0 if mask is None else mask.shape[1]
+    sequence = _sequence(batch)
+    return 0 if sequence is None else sequence.shape[1]
 
 
 def lengths_of(batch: Any) -> list[int]:
-    """Tokens of each row between the ends of its mask; all of them without a mask, and 0 for what is no sequence."""
-    mask = _mask(batch)
-    if mask is not None:
-        return [stop - start for start, stop in _extents(mask)]
-    return [width_of(batch)] * num_rows(batch)
+    """Tokens of each row between the ends of its mask (of its labels, if those reach beyond); 0 for no sequence."""
+    return [stop - start for start, stop in _token_spans(batch)]
 
 
 def read_padding(loaded: Sequence[Any]) -> Padding:
-    """How the loader of these batches pads: a pure function of them."""
+    """How the loader of these batches pads: a pure function of them, to be used for rows of these batches."""
     side: Side = "right"
     pad_id: int | None = None
     for batch in loaded:
         mask = _mask(batch)
         if mask is None:
             continue
-        ids = _inputs(batch).get("input_ids")
-        padded = (mask == 0).nonzero()
-        if len(padded):
-            if side == "right" and any(start > 0 for start, _ in _extents(mask)):
-                side = "left"
-            if pad_id is None and is_array(ids) and tuple(ids.shape) == tuple(mask.shape):
-                pad_id = int(ids[tuple(padded[0].tolist())])
+        spans = _extents(mask)
+        if any(start > 0 for start, _ in spans):
+            side = "left"
+        if pad_id is None:
+            pad_id = _pad_id(batch, mask, spans)
     widths = {width_of(batch) for batch in loaded} - {0}
-    divisor = math.gcd(*widths) if widths else 1
-    multiple = min(divisor & -divisor, 128)
-    return Padding(side, pad_id or 0, trims=len(widths) > 1, multiple=multiple)
-
-
-def recollate(rows: Sequence[Row], padding: Padding) -> Any:
-    """One batch of `rows`, of the type of the first row's batch; every field stays with its sample.
-
-    Sequences are padded on `padding.side`: labels with -100, masks with 0, ids with the pad id, the rest with 0.
-    `ValueError`, naming the key, where rows cannot meet.
-    """
-    return _merge(rows, [row.batch for row in rows], (), padding)
-
-
-def _merge(rows: Sequence[Row], values: list[Any], path: tuple[Key, ...], padding: Padding) -> Any:
-    """Merge what the rows' batches hold at `path`, whole (`values`), into that of one batch."""
-    first = values[0]
-    if is_container(first):
-        children = [fields(value) for value in values]
-        if any(child.keys() != children[0].keys() for child in children):
-            names = sorted({str(key) for child in children for key in child})
-            raise ValueError(f"batches whose rows meet have different fields at {path_name(path)}: {names}")
-        merged = {key: _merge(rows, [child[key] for child in children], (*path, key), padding) for key in children[0]}
-        return with_fields(first, merged)
-    indices = [row.index for row in rows]
-    if isinstance(first, np.ndarray) and first.ndim:
-        if first.dtype.kind not in "biuf":
-            return np.stack([value[index] for value, index in zip(values, indices, strict=True)])
-        return _merge(rows, [torch.from_numpy(value) for value in values], path, padding).numpy()
-    if isinstance(first, Tensor) and first.ndim:
-        return _merge_tensors(rows, values, path, padding)
-    if isinstance(first, list | tuple):
-        return type(first)([value[index] for value, index in zip(values, indices, strict=True)])
-    if any(not _same(value, first) for value in values):
-        raise ValueError(
-            f"{path_name(path)} has no entry a row and differs between batches whose rows meet ({first!r}, …): "
-            "give it one entry a row, or pass recollate=your_collate_fn"
-        )
-    return first
-
-
-def _merge_tensors(rows: Sequence[Row], values: list[Tensor], path: tuple[Key, ...], padding: Padding) -> Tensor:
-    first = values[0]
-    if any(value.ndim != first.ndim or value.shape[2:] != first.shape[2:] for value in values):
-        raise _cannot_meet(path, values)
-    if first.ndim == 1 or not padding.trims:
-        if any(value.shape[1:] != first.shape[1:] for value in values):
-            raise _cannot_meet(path, values)
-        return torch.stack([value[row.index] for value, row in zip(values, rows, strict=True)])
-    name = str(path[-1])
-    sources = {id(row.batch): _extents_in(row.batch, name, value) for row, value in zip(rows, values, strict=True)}
-    found = [extents for extents in sources.values() if extents is not None]
-    if len(found) < len(sources):
-        if any(value.shape[1:] != first.shape[1:] for value in values):
-            raise _cannot_meet(path, values)
-        return torch.stack([value[row.index] for value, row in zip(values, rows, strict=True)])
-    spans = [own.spans[row.index] for row in rows if (own := sources[id(row.batch)]) is not None]
-    on_left = padding.side == "left" and not any(extents.of_decoder for extents in found)
-    longest = max(stop - start for start, stop in spans)
-    width = math.ceil(max(longest, 1) / padding.multiple) * padding.multiple
-    merged = first.new_full((len(rows), width, *first.shape[2:]), _pad_value(name, padding))
-    for i, (value, row, (start, stop)) in enumerate(zip(values, rows, spans, strict=True)):
-        at = width - (stop - start) if on_left else 0
-        merged[i, at : at + stop - start] = value[row.index, start:stop]
-    return merged
-
-
-@dataclass(frozen=True)
-class _Extents:
-    """From where to where the rows of a tensor hold something."""
-
-    spans: list[tuple[int, int]]
-    of_decoder: bool = False
-    """A decoder's side is padded on the right, whatever the encoder's."""
-
-
-def _extents_in(batch: Any, name: str, value: Tensor) -> _Extents | None:
-    """What the mask covers of the tensor `name` of a batch; `None` for what is no sequence."""
-    everything = [(0, value.shape[1])] * len(value)
-    if name.startswith("decoder_"):
-        mask = _tensor(_inputs(batch).get("decoder_attention_mask"))
-        return _Extents(everything if mask is None else _extents(mask), of_decoder=True)
-    sequence = _sequence(batch)
-    if sequence is not None and value.shape[1] == sequence.shape[1]:
-        mask = _mask(batch)
-        spans = everything if mask is None else _extents(mask)
-        if name != "labels" or _covers(spans, value):
-            return _Extents(spans)
-    if name == "labels" and value.ndim == 2:  # an encoder-decoder's: as wide as its own targets
-        return _Extents([(0, stop) for _, stop in _extents(value != IGNORED)], of_decoder=True)
-    return None
-
-
-def _covers(extents: list[tuple[int, int]], labels: Tensor) -> bool:
-    """Whether no label stands outside the mask: else they are an encoder-decoder's, as wide by chance."""
-    return all(
-        start <= first and stop <= end
-        for (start, end), (first, stop) in zip(extents, _extents(labels != IGNORED), strict=True)
-        if stop > first
+    trims = len(widths) > 1
+    tokens, targets, target_widths = _sequences_of(loaded) if trims or _targets_vary(loaded) else _NO_SEQUENCES
+    return Padding(
+        side,
+        pad_id or 0,
+        trims=trims,
+        multiple=_multiple(widths),
+        tokens=tokens if trims else frozenset(),
+        targets=targets,
+        target_multiple=_multiple(target_widths),
     )
 
 
-def _extents(mask: Tensor) -> list[tuple[int, int]]:
+def recollate(rows: Sequence[Row], padding: Padding) -> Any:
+    """One new batch of `rows`, of the type of the first row's batch; every field stays with its sample.
+
+    Sequences are padded on `padding.side`: labels with -100, masks with 0, ids with the pad id, the rest with 0.
+    Nothing in it shares memory with the rows' batches. `ValueError`, naming the key, where rows cannot meet.
+    """
+    sources = {id(row.batch): row.batch for row in rows}
+    spans = {key: _token_spans(batch) if padding.tokens else [] for key, batch in sources.items()}
+    target_spans = {key: _target_spans(batch, padding) if padding.targets else [] for key, batch in sources.items()}
+    num = {key: num_rows(batch) for key, batch in sources.items()}
+    meeting = _Meeting(
+        padding,
+        [row.index for row in rows],
+        [num[id(row.batch)] for row in rows],
+        [spans[id(row.batch)][row.index] for row in rows] if padding.tokens else [],
+        [target_spans[id(row.batch)][row.index] for row in rows] if padding.targets else [],
+    )
+    return meeting.merge([row.batch for row in rows], ())
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """Rows on their way into one batch."""
+
+    padding: Padding
+    indices: list[int]
+    """Of each row, where it stands in its batch."""
+    sizes: list[int]
+    """Of each row, how many its batch has."""
+    spans: list[Span]
+    """Of each row, where its tokens are."""
+    target_spans: list[Span]
+    """… and its decoder's."""
+
+    def merge(self, values: list[Any], path: Path) -> Any:
+        """Merge what the rows' batches hold at `path`, whole (`values`), into that of one batch."""
+        first = values[0]
+        kinds = {_kind(value, rows, path) for value, rows in zip(values, self.sizes, strict=True)}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{path_name(path)} is {' in one batch and '.join(sorted(kinds))} in another, and their rows meet: let "
+                "the loader deliver the same in all batches, or pass recollate=your_collate_fn"
+            )
+        kind = kinds.pop()
+        if kind == "fields":
+            children = [fields(value) for value in values]
+            if any(child.keys() != children[0].keys() for child in children):
+                names = sorted({str(key) for child in children for key in child})
+                raise ValueError(f"batches whose rows meet have different fields at {path_name(path)}: {names}")
+            merged = {key: self.merge([child[key] for child in children], (*path, key)) for key in children[0]}
+            return _with_fields(first, merged)
+        if kind in ("a tensor", "an array"):
+            return self._merge_arrays(values, path)
+        if kind == "a list":
+            entries = [_fresh(value[index]) for value, index in zip(values, self.indices, strict=True)]
+            return type(first)(entries)
+        if not all(value is first or _same(value, first) for value in values):
+            raise ValueError(
+                f"{path_name(path)} has no entry a row and differs between batches whose rows meet ({first!r}, …): "
+                "give it one entry a row, or pass recollate=your_collate_fn"
+            )
+        return _fresh(first)
+
+    def _merge_arrays(self, values: list[Any], path: Path) -> Any:
+        padding, first = self.padding, values[0]
+        along = path in padding.tokens or path in padding.targets
+        inner = [value.shape[2:] if along else value.shape[1:] for value in values]
+        if any(value.ndim != first.ndim for value in values) or any(shape != inner[0] for shape in inner):
+            raise _cannot_meet(path, values)
+        if not along:
+            return _concatenated([value[i : i + 1] for value, i in zip(values, self.indices, strict=True)])
+        of_decoder = path in padding.targets
+        spans = self.target_spans if of_decoder else self.spans
+        multiple = padding.target_multiple if of_decoder else padding.multiple
+        longest = max(stop - start for start, stop in spans)
+        width = -(-max(longest, 1) // multiple) * multiple
+        on_left = padding.side == "left" and not of_decoder
+        merged = _filled(values, (len(values), width, *inner[0]), _pad_value(path, first, padding))
+        for i, (value, index, (start, stop)) in enumerate(zip(values, self.indices, spans, strict=True)):
+            at = width - (stop - start) if on_left else 0
+            merged[i, at : at + stop - start] = value[index, start:stop]
+        return merged
+
+
+# Where the tokens are
+
+
+def _token_spans(batch: Any) -> list[Span]:
+    """Of each row, what its mask and its labels cover; all of it without a mask, and (0, 0) for what is no sequence.
+
+    Labels outside the mask are the loader's mistake or, where an encoder-decoder's are as wide as its inputs by chance,
+    none: either way every field keeps what it has, and all keep one width.
+    """
+    mask, labels = _mask(batch), _labels(batch)
+    if mask is None:
+        return [(0, width_of(batch))] * num_rows(batch)
+    if labels is not None and labels.shape == mask.shape and not _names_decoder(batch):
+        return _extents(mask | (labels != IGNORED))
+    return _extents(mask)
+
+
+def _target_spans(batch: Any, padding: Padding) -> list[Span]:
+    """Of each row, from 0 to the last token of the decoder: all its fields keep one width."""
+    found = [leaf for path, leaf in leaves(batch) if path in padding.targets]
+    width = max((leaf.shape[1] for leaf in found if is_array(leaf) and leaf.ndim > 1), default=0)
+    marks = [_numpy(inputs(batch).get("decoder_attention_mask")), _labels(batch)]
+    known = [mark != (0, IGNORED)[i] for i, mark in enumerate(marks) if mark is not None and mark.shape[1:] == (width,)]
+    if not known:
+        return [(0, width)] * num_rows(batch)
+    return [(0, stop) for _, stop in _extents(functools.reduce(np.logical_or, known))]
+
+
+def _sequences_of(loaded: Sequence[Any]) -> tuple[frozenset[Path], frozenset[Path], set[int]]:
+    """Fields along the tokens; fields along a decoder's whose widths differ; and those widths."""
+    widths: dict[Path, set[int]] = {}
+    tokens: dict[Path, bool] = {}
+    decoders: dict[Path, bool] = {}
+    for batch in loaded:
+        width, has_decoder = width_of(batch), _names_decoder(batch)
+        for path, leaf in leaves(batch, num_rows(batch)):
+            if is_array(leaf) and leaf.ndim > 1:
+                name = _name(path)
+                as_wide = width > 0 and leaf.shape[1] == width
+                widths.setdefault(path, set()).add(leaf.shape[1])
+                tokens[path] = tokens.get(path, True) and as_wide
+                of_decoder = name.startswith("decoder_") or (name == "labels" and (has_decoder or not as_wide))
+                decoders[path] = decoders.get(path, False) or of_decoder
+    targets = frozenset(path for path, is_decoder in decoders.items() if is_decoder and len(widths[path]) > 1)
+    along = frozenset(path for path, as_wide in tokens.items() if as_wide and not decoders[path])
+    return along, targets, set().union(*(widths[path] for path in targets))
+
+
+_NO_SEQUENCES: tuple[frozenset[Path], frozenset[Path], set[int]] = (frozenset(), frozenset(), set())
+
+
+def _targets_vary(loaded: Sequence[Any]) -> bool:
+    """Whether labels differ in width: a look at each batch tells that of most there is nothing more to be read."""
+    return len({labels.shape[1:] for batch in loaded if (labels := _labels(batch)) is not None}) > 1
+
+
+def _extents(mask: NDArray[Any]) -> list[Span]:
     """Of each row, the half-open range from the first to the last position that is set; (0, 0) where none is."""
     on = mask != 0
     width = mask.shape[1]
-    any_on = on.any(dim=1)
-    start = on.int().argmax(dim=1) * any_on
-    stop = (width - on.flip(1).int().argmax(dim=1)) * any_on
+    if not width:
+        return [(0, 0)] * len(mask)
+    any_on = on.any(axis=1)
+    start = on.argmax(axis=1) * any_on
+    stop = (width - on[:, ::-1].argmax(axis=1)) * any_on
     return list(zip(start.tolist(), stop.tolist(), strict=True))
 
 
-def _inputs(batch: Any) -> dict[Any, Any]:
-    """The fields among which the ids stand: the batch's own, or those of a tuple's mapping, as in `(inputs, y)`."""
+def _multiple(widths: set[int]) -> int:
+    divisor = math.gcd(*widths) if widths else 1
+    return min(divisor & -divisor, 128) or 1
+
+
+# Reading a batch
+
+
+def _mask(batch: Any) -> NDArray[np.bool_] | None:
+    mask = _numpy(inputs(batch).get("attention_mask"))
+    return mask != 0 if mask is not None and mask.ndim == 2 else None
+
+
+def _sequence(batch: Any) -> Any:
+    """The tensor or array [B, T] that says how wide the rows are."""
+    for name in ("attention_mask", "input_ids"):
+        found = inputs(batch).get(name)
+        if is_array(found) and found.ndim == 2:
+            return found
+    return None
+
+
+def _labels(batch: Any) -> NDArray[Any] | None:
+    """The labels of the tokens [B, T]: those beside the ids, or the second element of `(inputs, labels)`."""
     own = fields(batch) if is_container(batch) else {}
-    nested = (fields(child) for child in own.values() if isinstance(child, Mapping))
-    return own if "input_ids" in own else next((child for child in nested if "input_ids" in child), own)
+    found = next(
+        (places[key] for places, key in ((inputs(batch), "labels"), (own, "labels"), (own, 1)) if key in places), None
+    )
+    labels = _numpy(found)
+    return labels if labels is not None and labels.ndim == 2 else None
 
 
-def _mask(batch: Any) -> Tensor | None:
-    mask = _tensor(_inputs(batch).get("attention_mask"))
-    return mask if mask is not None and mask.ndim == 2 else None
+def _names_decoder(batch: Any) -> bool:
+    return any(isinstance(name, str) and name.startswith("decoder_") for name in inputs(batch))
 
 
-def _sequence(batch: Any) -> Tensor | None:
-    """The tensor [B, T] that says how wide the rows are."""
-    ids = _tensor(_inputs(batch).get("input_ids"))
-    mask = _mask(batch)
-    return mask if mask is not None else ids if ids is not None and ids.ndim == 2 else None
+def _pad_id(batch: Any, mask: NDArray[np.bool_], spans: list[Span]) -> int | None:
+    """The id that stands outside the mask, if there is a place outside."""
+    ids = _numpy(inputs(batch).get("input_ids"))
+    if ids is None or ids.shape != mask.shape:
+        return None
+    for row, (start, stop) in enumerate(spans):
+        if stop - start < mask.shape[1]:
+            return int(ids[row, 0 if start > 0 else stop])
+    return None
 
 
-def _tensor(value: object) -> Tensor | None:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    return value if isinstance(value, Tensor) else None
+def _name(path: Path) -> str:
+    """What a field means: the second of `(inputs, labels)` are labels."""
+    return "labels" if path == (1,) else str(path[-1])
 
 
-def _pad_value(name: str, padding: Padding) -> int:
-    if "label" in name:
-        return IGNORED
+def _pad_value(path: Path, value: Any, padding: Padding) -> int:
+    name = _name(path)
+    if name in ("labels", "label", "label_ids") or name.endswith("_labels"):
+        signed = value.dtype.is_signed if isinstance(value, Tensor) else value.dtype.kind in "if"
+        return IGNORED if signed else 0
     return padding.pad_id if name in ("input_ids", "decoder_input_ids") else 0
 
 
-def _per_row(leaf: object) -> bool:
-    return is_array(leaf) or isinstance(leaf, list | tuple)
+# Values
 
 
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    if not is_container(value):
-        return change(value)
-    changed = {key: _map(child, change) for key, child in fields(value).items()}
-    return changed if isinstance(value, Mapping) else with_fields(value, changed)
+def _kind(value: Any, rows: int, path: Path) -> str:
+    if is_array(value):
+        return "a tensor" if isinstance(value, Tensor) else "an array"
+    if path and has_entries(value, rows):
+        return "a list"
+    if is_container(value):
+        return "fields"
+    if isinstance(value, list | tuple) and value:
+        return "a list"
+    return "one value"
+
+
+def _taken(value: Any, index: int, rows: int, *, nested: bool) -> Any:
+    kind = _kind(value, rows, (0,) if nested else ())
+    if kind == "fields":
+        taken = {key: _taken(child, index, rows, nested=True) for key, child in fields(value).items()}
+        return taken if isinstance(value, Mapping) else _with_fields(value, taken)
+    return value if kind == "one value" else value[index]
+
+
+def _numpy(value: object) -> NDArray[Any] | None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return value if isinstance(value, np.ndarray) else None
+
+
+def _concatenated(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
+
+
+def _filled(values: list[Any], shape: tuple[int, ...], fill: int) -> Any:
+    """A new tensor or array like those of `values`, of a dtype that holds them all."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        dtype = functools.reduce(torch.promote_types, {value.dtype for value in values})
+        return first.new_full(shape, fill, dtype=dtype)
+    return np.full(shape, fill, dtype=np.result_type(*{value.dtype for value in values}))
+
+
+def _fresh(value: Any) -> Any:
+    """The value without the arrays and lists of its batch: what is changed in place in a new batch stays there."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if is_container(value):
+        return _with_fields(value, {key: _fresh(child) for key, child in fields(value).items()})
+    return list(value) if type(value) is list else value
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor | np.ndarray) or isinstance(b, Tensor | np.ndarray):
-        return type(a) is type(b) and bool((a == b).all())
-    return bool(a == b)
+        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
+    return bool(a == b or (a != a and b != b))
 
 
-def _cannot_meet(path: tuple[Key, ...], values: list[Tensor]) -> ValueError:
+def _cannot_meet(path: Path, values: list[Any]) -> ValueError:
     shapes = sorted({tuple(value.shape[1:]) for value in values})
     return ValueError(
         f"{path_name(path)} has rows of the shapes {[list(shape) for shape in shapes]}, which cannot meet in a batch: "

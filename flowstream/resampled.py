@@ -280,5 +280,5 @@ class ResampledWindow:
         self._groups = [[pool[i] for i in groups[j]] for j in order]
         self.carry = pool[num_placed:]
         counts = [sum(kept.count for kept in group) for group in self._groups]
-        self._denominators = group_denominators(counts, recipe.settings.accumulate)
+        self._denominators = group_denominators(counts, recipe.settings)
         self._scores, self._weights, self._kept = [], [], []

@@ -33,6 +33,7 @@ class Running:
         self.wait_seconds = 0.0
         self.window_seconds = math.nan
         self._told: set[str] = set()
+        self._advise_at = 1
 
     def absorb(self, window: Window) -> None:
         """Take over what a finished window brings, as it goes into delivery."""
@@ -43,7 +44,8 @@ class Running:
         self.num_kept += window.num_kept
         self.cost += window.cost
         self.score_seconds += window.score_seconds
-        if self._settings.needs_loss and window.num_seen:
+        if self._settings.needs_loss and self.num_seen >= self._advise_at:
+            self._advise_at = 2 * self.num_seen
             for name, message in self.temperature.advice(self.tau):
                 if name not in self._told:
                     _logger.warning(message)

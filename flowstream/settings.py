@@ -10,7 +10,7 @@ from flowstream.policies import Flow, Policy, describe, needs_scores
 from flowstream.recollate import Recollate
 from flowstream.samplers import Systematic, Thin
 from flowstream.scoring.base import Level
-from flowstream.temperature import RunningMedian, RunningTemperature, Temperature, WindowMedian
+from flowstream.temperature import RunningMedian, Temperature, WindowMedian
 
 Mode = Literal["weight", "resample"]
 Attach = Literal["key", "pair"]
@@ -52,7 +52,8 @@ class Settings:
             )
         if isinstance(self.policy, type):
             raise ValueError(f"policy is the class {self.policy.__name__}: give an instance, {self.policy.__name__}()")
-        RunningTemperature(self.temperature, self.level)
+        if not isinstance(self.temperature, Temperature):
+            raise ValueError(f"temperature is {self.temperature!r}: give RunningMedian(), FixedTemperature(1.5), …")
         _positive("accumulate", self.accumulate)
         _positive("max_window_bytes", self.max_window_bytes)
         if not 0 <= self.max_bad_fraction <= 1:

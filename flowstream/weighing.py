@@ -65,7 +65,7 @@ def flatten(scores: Sequence[Scores], level: Level) -> Losses:
         count = _cat([score.count for score in scores], torch.int64)
         sample = torch.arange(len(loss))
     losses = Losses(loss, count, sample, [len(part) for part in parts], num_empty)
-    negative = losses.labelled & (loss < 0)
+    negative = losses.usable & (loss < 0)
     if bool(negative.any()):
         raise ValueError(
             f"a loss of {float(loss[negative][0]):g} nats under the reference ({int(negative.sum())} of {len(loss)} "
@@ -83,7 +83,7 @@ def weigh(losses: Losses, tau: float | Sequence[float], policy: Policy, seed: tu
     if isinstance(tau, float | int):
         temperature: float | Tensor = float(tau)
     else:
-        temperature = torch.repeat_interleave(torch.tensor(tau, dtype=torch.float64), torch.tensor(losses.sizes))
+        temperature = torch.repeat_interleave(torch.tensor(tau, dtype=torch.float64), torch.tensor(losses.sizes, dtype=torch.int64))
     usable = losses.usable
     safe = torch.where(usable, losses.loss, 0.0)
     weight = torch.where(usable, check_weight(policy(safe, temperature), safe), 0.0)

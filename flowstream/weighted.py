@@ -150,7 +150,7 @@ class WeightedWindow:
         if settings.normalize:
             mean = self.sums.token_mean_weight if terms.mean_weight is None else terms.mean_weight
             weight = weight / mean if mean > 0 else weight
-        denominators = group_denominators([num_labelled(score) for score in scores], settings.accumulate)
+        denominators = group_denominators([num_labelled(score) for score in scores], settings)
         weights, flat_losses = weight.split(losses.sizes), losses.loss.split(losses.sizes)
         self._deliveries = []
         for i, (item, score) in enumerate(zip(self._pulled, scores, strict=True)):

@@ -1,7 +1,7 @@
 """`flowstream <command>`: the commands by name, and the way in."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tyro
@@ -16,7 +16,7 @@ class Command(Protocol):
         """Do it. What the user did wrong is a ValueError or OSError, whose message says what to do."""
 
 
-COMMANDS: dict[str, type[Command]] = {"demo": Demo}
+COMMANDS: dict[str, Callable[..., Command]] = {"demo": Demo}
 """Name on the command line → options. A module of a command imports torch in `run`, not before."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 class Demo:
     """Pre-train a small Llama on the standard library, fine-tune it on word problems by six methods, report retention.
 
-    Writes report.html, results.json, the checkpoint and the tar shards. Needs no network; about six minutes on two cores.
+    Writes report.html, results.json, the checkpoint and the tar shards. Needs no network; five minutes on two cores.
     """
 
     out: Path = Path("demo")

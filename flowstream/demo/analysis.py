@@ -1,4 +1,4 @@
-"""One seed's verdict: points chosen on validation, measured on the test split, held against standard fine-tuning's curve."""
+"""One seed's verdict: points chosen on validation, measured on the test split, held against standard's curve."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from flowstream.demo.results import Figure, MethodResult, Results, RunResult, Te
 
 
 def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[str, float]) -> Results:
-    """All that the report shows. The reference and its losses are the same for every seed; the first one's are taken."""
+    """All that the report shows. The reference and its losses are the same for every seed; the first's are taken."""
     task, first = prepared.task, outcomes[0]
     runs = [run for outcome in outcomes for run in outcome.runs]
     return Results(

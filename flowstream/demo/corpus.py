@@ -12,7 +12,7 @@ HELD_OUT_PERCENT = 6
 """Share of the modules that goes to validation, and as much to test."""
 
 MAX_HELD_OUT_CHARS = 20_000
-"""What one held-out module lends at most, so that no single module (pydoc's topics: 700 kB) is the measure of retention."""
+"""What one held-out module lends at most, so that no single one (pydoc's topics: 700 kB) decides on retention."""
 
 MIN_BLOCK_CHARS = 40
 """Shorter blocks (a lone `pass`, a closing bracket) repeat everywhere and would fall to the de-duplication unevenly."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import flowstream as fs
 from flowstream.demo.analysis import Judged, Place, judge
@@ -78,9 +78,9 @@ class Task:
         """The checkpoint's tokenizer."""
         return Encoder(AutoTokenizer.from_pretrained(self.checkpoint))
 
-    def model(self) -> PreTrainedModel:
+    def model(self) -> LlamaForCausalLM:
         """A fresh copy of the checkpoint."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.checkpoint)
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(self.checkpoint)
         return model
 
     def loader(self, encoder: Encoder, seed: int) -> Iterable[dict[str, Tensor]]:
@@ -155,7 +155,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
                 )
             report(f"seed {seed}: {METHODS[method]}, {learning_rate:g}")
 
-    def restore(place: Place) -> PreTrainedModel:
+    def restore(place: Place) -> LlamaForCausalLM:
         method, learning_rate, step = place
         model = task.model()
         model.load_state_dict(runs[method, learning_rate].snapshots[step])
@@ -183,7 +183,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
     )
 
 
-def _samples(task: Task, offline: OfflineFlow, model: PreTrainedModel, encoder: Encoder) -> tuple[ProblemSample, ...]:
+def _samples(task: Task, offline: OfflineFlow, model: LlamaForCausalLM, encoder: Encoder) -> tuple[ProblemSample, ...]:
     order = offline.loss.argsort().tolist()
     shown = order[:_NUM_SHOWN] + order[-_NUM_SHOWN:]
     problems = [task.problems[number] for number in shown]

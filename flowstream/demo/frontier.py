@@ -21,7 +21,7 @@ class Frontier:
 
     @classmethod
     def through(cls, target: ArrayLike, retained: ArrayLike) -> "Frontier":
-        """The curve through all points given; equal targets are averaged. Raises ValueError where a point is not finite."""
+        """The curve through all points given, equal targets averaged. ValueError where a point is not finite."""
         x, y = np.asarray(target, dtype=np.float64), np.asarray(retained, dtype=np.float64)
         if x.shape != y.shape or x.ndim != 1 or not len(x) or not (np.isfinite(x).all() and np.isfinite(y).all()):
             raise ValueError(
@@ -54,12 +54,12 @@ def pareto(target: ArrayLike, retained: ArrayLike) -> list[int]:
 
 
 def best_sum(target: Sequence[float], retained: Sequence[float]) -> int:
-    """The index of the lowest target loss plus retained loss: the same trade of one against the other for every method."""
+    """The index of the lowest target loss plus retained loss: the same trade between the two for every method."""
     return int(np.argmin(np.asarray(target) + np.asarray(retained)))
 
 
 def mean_gain(curve: Frontier, baseline: Frontier, num_levels: int = 64) -> float:
-    """The gain of a whole curve over a baseline, averaged over the target losses that both reach; NaN if there are none."""
+    """The gain of a whole curve over a baseline, averaged over the target losses that both reach; NaN without any."""
     low, high = max(curve.target[0], baseline.target[0]), min(curve.target[-1], baseline.target[-1])
     if not low < high:
         return float("nan")

@@ -1,4 +1,4 @@
-"""FLOW as published: two offline passes, the exact median, weights looked up by sample. Nothing of flowstream's is used.
+"""FLOW as published: two offline passes, the exact median, weights looked up by sample. Nothing of flowstream is used.
 
 This is the oracle that the online τ and the streamed weights are held against.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OfflineFlow:
 
 
 @torch.no_grad()
-def score_offline(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], num_problems: int) -> OfflineFlow:
+def score_offline(model: LlamaForCausalLM, batches: Iterable[dict[str, Tensor]], num_problems: int) -> OfflineFlow:
     """First pass: the mean answer-token loss of every problem. Then the median, then the weights."""
     loss = torch.full((num_problems,), torch.nan)
     for batch in batches:

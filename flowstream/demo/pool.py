@@ -1,5 +1,6 @@
 """Seeds side by side: one process each, with its share of the cores. Small models gain little from a second thread."""
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -45,7 +46,7 @@ def _start_worker(messages: Any, num_threads: int) -> None:
     _messages = messages
     torch.set_num_threads(num_threads)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("flowstream").setLevel(logging.ERROR)
 
 
 def _run(task: Task, seed: int) -> SeedOutcome:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowstream.demo.corpus import Corpus, build_corpus, read_modules
+from flowstream.demo.corpus import build_corpus, read_modules
 from flowstream.demo.experiment import Settings, Task
 from flowstream.demo.pretraining import chunk, pretrain, train_tokenizer
 from flowstream.demo.problems import make_problems

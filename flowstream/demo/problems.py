@@ -109,7 +109,10 @@ def _steps(rng: random.Random) -> tuple[str, str, int]:
     total = product + more
     given = rng.randint(1, total - 1)
     answer = total - given
-    question = f"{person} buys {boxes} boxes of {each} {goods}, finds {more} more and gives {given} to {friend}. How many are left?"
+    question = (
+        f"{person} buys {boxes} boxes of {each} {goods}, finds {more} more and gives {given} to {friend}. "
+        "How many are left?"
+    )
     worked = f"{boxes} * {each} = {product}\n{product} + {more} = {total}\n{total} - {given} = {answer}"
     return question, worked, answer
 

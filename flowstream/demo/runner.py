@@ -1,5 +1,6 @@
 """`flowstream demo` from the first byte to the report, with its progress on the terminal."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from flowstream.demo.experiment import Settings
 from flowstream.demo.feeds import METHODS
 from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
-from flowstream.demo.report import summary_rows, verdict, write_report
+from flowstream.demo.report import write_report
 from flowstream.demo.results import Results
+from flowstream.demo.summary import spread_of_weights, summary_rows, verdict
 
 _NUM_COLUMNS = 6
 """Of the report's table, as many as a terminal has room for."""
@@ -35,7 +37,7 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with _quiet_transformers(), Progress(*columns, console=console) as progress:
+    with _quiet(), Progress(*columns, console=console) as progress:
         bar = progress.add_task("pre-training", total=settings.model.steps)
         with _timed(seconds, "pre-training"):
             prepared = prepare(settings, out, lambda step: progress.update(bar, completed=step + 1))
@@ -68,7 +70,7 @@ def _summarise(results: Results, console: Console) -> None:
     temperature = results.temperature
     console.print(
         f"τ: exact {temperature.exact:.4f} nats, online within {100 * temperature.relative_error:.2f} % at the end. "
-        f"ESS/n {temperature.exact_ess:.3f}. {results.seconds['total']:.0f} s.",
+        f"{spread_of_weights(results)} {results.seconds['total']:.0f} s.",
         highlight=False,
     )
 
@@ -81,10 +83,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the bars that loading and saving a small model draw."""
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, and without the advice that each of many streams gives: the summary gives it once."""
     transformers.utils.logging.disable_progress_bar()
+    advice = logging.getLogger("flowstream")
+    level = advice.level
+    advice.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        advice.setLevel(level)
         transformers.utils.logging.enable_progress_bar()

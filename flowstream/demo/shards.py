@@ -9,7 +9,7 @@ import torch
 import webdataset as wds
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from flowstream.demo.problems import Problem
 
@@ -35,7 +35,7 @@ class Encoded:
 class Encoder:
     """Problems → tokens → batches, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._begin, self._end, self._pad = (
             int(tokenizer.bos_token_id),
@@ -53,7 +53,7 @@ class Encoder:
         return Encoded([*head, *self._tokens(worked), self._end], len(head))
 
     def collate(self, samples: Iterable[tuple[int, Encoded]]) -> dict[str, Tensor]:
-        """(number, problem) pairs → `input_ids`, `attention_mask`, `labels` [B, T] and `sample` [B], padded on the right."""
+        """(number, problem) pairs → `input_ids`, `attention_mask`, `labels` [B, T], padded right; `sample` [B]."""
         numbers, encoded = zip(*samples, strict=True)
         ids = [torch.tensor(problem.ids) for problem in encoded]
         return {
@@ -84,7 +84,7 @@ def write_shards(problems: Sequence[Problem], folder: Path, num_shards: int) -> 
 
 def open_shards(
     shards: Sequence[Path], encoder: Encoder, *, batch: int, seed: int, only: Collection[int] | None = None
-) -> "wds.WebDataset":
+) -> Iterable[dict[str, Tensor]]:
     """A loader over the shards: shuffled by a seed that each epoch moves on, tokenised, padded, full batches only.
 
     `only`: the numbers of the problems to read, all by default.
@@ -96,7 +96,7 @@ def open_shards(
 
     keep: Callable[[dict[str, Any]], bool] = lambda sample: only is None or sample["json"]["number"] in only  # noqa: E731
     shuffle_seed = _SEED_STRIDE * (seed + 1)
-    return (
+    loader: Iterable[dict[str, Tensor]] = (
         wds.WebDataset([str(shard) for shard in shards], shardshuffle=len(shards), detshuffle=True, seed=shuffle_seed)
         .compose(wds.detshuffle(bufsize=100_000, initial=100_000, seed=shuffle_seed))
         .decode()
@@ -104,3 +104,4 @@ def open_shards(
         .map(read)
         .batched(batch, collation_fn=encoder.collate, partial=False)
     )
+    return loader

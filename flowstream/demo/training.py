@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 import flowstream as fs
 from flowstream.demo.evaluation import Measures
@@ -52,11 +52,11 @@ def finetune(
     learning_rate: float,
     steps: int,
     measured_at: frozenset[int],
-    measure: Callable[[torch.nn.Module], Measures],
+    measure: Callable[[LlamaForCausalLM], Measures],
     trace_every: int,
 ) -> Run:
     """Fine-tune a fresh copy of the checkpoint on a feed; every method runs through this same loop."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     points: list[Point] = []
     snapshots: dict[int, dict[str, Tensor]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -201,30 +202,33 @@ class CausalLMScorer:
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """Each row, or each document of a packed row, as a sample of its own."""
-        rows = [_segments(mask[b], None if positions is None else positions[b]) for b in range(len(ids))]
-        packed = any(len(segments) > 1 for segments in rows)
-        segment = np.full(ids.shape, -1, dtype=np.int64)
+        layout = _layout(mask, positions)
+        # Without what is between documents, each is a slice.
+        flat_ids, flat_labels = ids.reshape(-1)[layout.columns], labels.reshape(-1)[layout.columns]
+        flat_labels[layout.starts[layout.starts < layout.stops]] = IGNORED  # nothing comes before a first token
+        predicted = labelled(flat_labels)
+        ends = np.searchsorted(predicted, layout.stops)
+        begins = np.searchsorted(predicted, layout.starts)
+        where = layout.columns[predicted]
         samples: list[Sample] = []
-        where: list[Integers] = []
-        for row, segments in enumerate(rows):
-            if not packed and not segments:
-                segments = [np.zeros(0, dtype=np.int64)]
-            for number, columns in enumerate(segments):
-                segment[row, columns] = len(samples)
-                targets = labels[row, columns[1:]]
-                predicted = labelled(targets)
-                # Causal: what comes after the last label changes nothing.
-                end = int(predicted[-1]) + 1 if len(predicted) else 0
-                self._language.check_length(end, row, place)
-                document = _Document(ids[row, columns[:end]], targets[:end])
-                if row_keys is None:
-                    key = content_key(namespace, document.ids, document.targets)
-                else:
-                    key = row_key(namespace, row_keys[row], number, len(predicted))
-                samples.append(Sample(key, end, end, len(predicted), document))
-                where.append(row * ids.shape[1] + columns[1:][predicted])
-        shape = (ids.shape[0], ids.shape[1])
-        return Reading(samples, shape, torch.from_numpy(segment) if packed else None, where)
+        bounds = zip(layout.rows.tolist(), layout.starts.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        for number, (row, start, begin, end) in enumerate(bounds):
+            # Causal: what comes after the last label changes nothing.
+            last = int(predicted[end - 1]) if end > begin else start
+            self._language.check_length(last - start, row, place)
+            document = _Document(flat_ids[start:last], flat_labels[start + 1 : last + 1])
+            if row_keys is None:
+                key = content_key(namespace, document.ids, document.targets)
+            else:
+                within = number - int(np.searchsorted(layout.rows, row))
+                key = row_key(namespace, row_keys[row], within, end - begin)
+            samples.append(Sample(key, last - start, last - start, end - begin, document))
+        return Reading(
+            samples,
+            (ids.shape[0], ids.shape[1]),
+            torch.from_numpy(layout.segment(ids.shape)) if layout.packed else None,
+            [where[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)],
+        )
 
     def _read_whole(
         self,
@@ -244,7 +248,7 @@ class CausalLMScorer:
         positions = inputs.get("position_ids")
         if is_array(positions) and positions.ndim == 2:
             given = self._positions(named, labels, place)
-            if any(len(_segments(mask[b], None if given is None else given[b])) > 1 for b in range(len(labels))):
+            if _layout(mask, given).packed:
                 raise ValueError(
                     f"{place} is packed (its position_ids restart) and has further inputs "
                     f"({', '.join(sorted(further))}), which nothing assigns to its documents: pack text only, or drop "
@@ -306,19 +310,47 @@ class CausalLMScorer:
             return token_losses(logits, to_device(rows, device), to_device(targets[rows], device))
 
 
-def _segments(mask: NDArray[np.bool_], positions: Integers | None) -> list[Integers]:
-    """The columns of each document in a row: several where positions restart among the tokens that the mask keeps.
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the documents of a batch are: document i is `columns[starts[i]:stops[i]]`, in row `rows[i]`."""
+
+    columns: Integers
+    """Indices into the flattened ids, ascending: the tokens of all documents."""
+    starts: Integers
+    stops: Integers
+    rows: Integers
+    packed: bool
+    """Some row has several documents. If not, document i is row i, and may be empty."""
+
+    def segment(self, shape: tuple[int, ...]) -> Integers:
+        """[B, T]: the document of each token, -1 for none."""
+        flat = np.full(math.prod(shape), -1, dtype=np.int64)
+        flat[self.columns] = np.repeat(np.arange(len(self.rows)), self.stops - self.starts)
+        return flat.reshape(shape)
+
+
+def _layout(mask: NDArray[np.bool_], positions: Integers | None) -> _Layout:
+    """The documents of a batch: rows, or several in a row where positions restart among the tokens of the mask.
 
     A lone token beside others is padding, which packing collators number 0: it predicts nothing and is no document.
     """
+    num_rows, width = mask.shape
     columns = np.flatnonzero(mask)
-    if positions is None or len(columns) < 2:
-        return [columns] if len(columns) else []
-    kept = positions[columns]
-    adjacent = np.diff(columns) == 1
-    # Positions that count on over a masked gap belong together; those that jump without one do not.
-    restarts = (kept[1:] <= kept[:-1]) | (adjacent & (kept[1:] != kept[:-1] + 1))
-    if not restarts.any():
-        return [columns]
-    segments = np.split(columns, np.flatnonzero(restarts) + 1)
-    return [segment for segment in segments if len(segment) > 1]
+    rows = columns // max(width, 1)
+    if positions is not None and len(columns):
+        numbers = positions.reshape(-1)[columns]
+        # Positions that count on over a masked gap belong together; those that jump without one do not.
+        restarts = (np.diff(numbers) <= 0) | ((np.diff(columns) == 1) & (np.diff(numbers) != 1))
+        starts = np.flatnonzero(np.concatenate([[True], restarts | (np.diff(rows) != 0)]))
+        lengths = np.diff(starts, append=len(columns))
+        alone = np.bincount(rows[starts], minlength=num_rows)[rows[starts]] == 1
+        kept = alone | (lengths > 1)
+        columns, rows = columns[np.repeat(kept, lengths)], rows[starts[kept]]
+        stops = np.cumsum(lengths[kept])
+        starts = stops - lengths[kept]
+        if (np.diff(rows) == 0).any():
+            return _Layout(columns, starts, stops, rows, packed=True)
+        rows = columns // width
+    lengths = np.bincount(rows, minlength=num_rows)
+    stops = np.cumsum(lengths)
+    return _Layout(columns, stops - lengths, stops, np.arange(num_rows), packed=False)

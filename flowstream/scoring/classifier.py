@@ -39,7 +39,7 @@ _PATCH = 3 * 16 * 16
 """Numbers that take as much of the token budget as one token: an RGB patch of 16 x 16."""
 
 _POSITIONAL = "*"
-"""Stands for the one input of a forward that names none."""
+"""Stands for a lone input, which is passed without a name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,7 @@ class ClassifierScorer:
             raise ValueError(f"{type(model).__name__} is a regression (config.problem_type): {REMEDY}")
         if getattr(config, "num_labels", None) == 1:
             raise ValueError(f"{type(model).__name__} has a single output (config.num_labels), a regression: {REMEDY}")
-        self._lone = self._reference.first or _POSITIONAL
+        self._lone = "input_ids" if self._reference.first == "input_ids" else _POSITIONAL
         self._multi_label = kind == "multi_label_classification"
         self._num_classes = getattr(config, "num_labels", None)
         self._language = Language.of(self._reference)
@@ -150,8 +150,9 @@ class ClassifierScorer:
         targets, labelled = self._targets(labels, place)
         for name, value in inputs.items():
             if len(value) != len(targets):
+                shown = "x" if name == _POSITIONAL else name
                 raise ValueError(
-                    f"{name} of {place} has shape {list(value.shape)} beside {len(targets)} labels: a classifier's "
+                    f"{shown} of {place} has shape {list(value.shape)} beside {len(targets)} labels: a classifier's "
                     f"inputs have one row a label; for anything else {REMEDY}"
                 )
         if row_keys is not None and len(row_keys) != len(targets):

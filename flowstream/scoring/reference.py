@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -22,8 +23,10 @@ _NUM_SAMPLED = 4096
 _MIN_SAMPLED = 8
 """… and at least from each, so that a single trained layer is noticed."""
 
-_VOLATILE_CONFIG = frozenset({"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"})
-"""What a configuration says that changes no loss (the dtype is read from the weights)."""
+_VOLATILE_CONFIG = frozenset(
+    {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"}
+)
+"""What a configuration says that changes no loss (class and dtype are read from the model itself)."""
 
 
 class Reference:
@@ -98,12 +101,17 @@ class Reference:
 
     def check(self) -> None:
         """Raise `RuntimeError` if a sampled parameter or buffer differs from what it was at the start."""
-        if (now := self._sample()) == self._sampled:
+        now = self._sample()
+        if now == self._sampled:
             return
-        changed = [name for name in self._sampled if now.get(name) != self._sampled[name]]
-        changed += [name for name in now if name not in self._sampled]
+        before, after = self._sampled.by_name(), now.by_name()
+        changed = [name for name in after if after[name] != before.get(name)]
+        changed += [name for name in before if name not in after]
+        if not changed:  # moved to another device
+            self._sampled = now
+            return
         raise RuntimeError(
-            f"the reference has changed since the scorer was made ({changed[0]!r}, {len(changed)} of {len(now)} "
+            f"the reference has changed since the scorer was made ({changed[0]!r}, {len(changed)} of {len(after)} "
             "tensors): it is being trained, and its losses would drift with it. Give the scorer a copy of its own "
             "(copy=True), or load the weights before you make the scorer"
         )
@@ -118,29 +126,52 @@ class Reference:
         digest.update(f"{parts!r} {kind.__module__}.{kind.__qualname__}".encode())
         digest.update(json.dumps(named, sort_keys=True, default=repr).encode())
         digest.update(str(getattr(config, "_attn_implementation", None)).encode())
-        for name, (kind_of, values) in self._sampled.items():
-            digest.update(f"{name} {kind_of}".encode() + values)
+        for name, (described, values) in self._sampled.by_name().items():
+            digest.update(f"{name} {described}".encode() + values)
         return digest.hexdigest()
 
-    def _sample(self) -> dict[str, tuple[str, bytes]]:
-        """Name → (dtype and shape, a few of the elements as bytes) of every parameter and persistent buffer."""
-        tensors = list(_named_tensors(self.model))
-        total = sum(t.numel() for _, t in tensors)
-        taken: list[Tensor] = []
+    def _sample(self) -> _Checksum:
+        """A few elements of every parameter and persistent buffer."""
         with torch.inference_mode(False), torch.no_grad():
+            tensors = [(name, _bits(tensor)) for name, tensor in _named_tensors(self.model)]
+            total = sum(tensor.numel() for _, tensor in tensors)
+            taken: dict[_Group, list[Tensor]] = {}
+            names: list[tuple[str, _Group, torch.Size, int]] = []
             for number, (name, tensor) in enumerate(tensors):
-                index = self._places.get((name, tensor.numel()))
+                group, numel = (tensor.dtype, tensor.device), tensor.numel()
+                index = self._places.get((name, numel))
                 if index is None or index.device != tensor.device:
-                    index = _sampled_index(number, tensor.numel(), total).to(tensor.device)
-                    self._places[name, tensor.numel()] = index
-                # Eight-bit floats cannot be indexed on every device; their bits can.
-                bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-                taken.append(torch.take(bits.detach(), index))
-            values = _to_bytes(taken)
-        return {
-            name: (f"{tensor.dtype} {tuple(tensor.shape)}", value)
-            for (name, tensor), value in zip(tensors, values, strict=True)
-        }
+                    index = self._places[name, numel] = _sampled_index(number, numel, total).to(tensor.device)
+                taken.setdefault(group, []).append(torch.take(tensor, index))
+                names.append((name, group, tensor.shape, len(index)))
+            return _Checksum(names, {group: torch.cat(values) for group, values in taken.items()})
+
+
+_Group = tuple[torch.dtype, torch.device]
+
+
+@dataclass(frozen=True, slots=True)
+class _Checksum:
+    """A few elements of each tensor; those of one dtype and device together, so that comparing costs one launch."""
+
+    names: list[tuple[str, _Group, torch.Size, int]]
+    """Of each tensor in order: name, group, shape, and how many elements of the group's are its."""
+    values: dict[_Group, Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Checksum) or self.names != other.names:
+            return False
+        # As bits: NaN is as good a weight as any, and 0.0 is not -0.0.
+        return all(torch.equal(_as_bytes(self.values[g]), _as_bytes(other.values[g])) for g in self.values)
+
+    def by_name(self) -> dict[str, tuple[str, bytes]]:
+        """Name → (dtype and shape, the elements as bytes)."""
+        rest = {group: values.cpu() for group, values in self.values.items()}
+        found = {}
+        for name, group, shape, count in self.names:
+            found[name] = (f"{group[0]} {tuple(shape)}", _as_bytes(rest[group][:count]).numpy().tobytes())
+            rest[group] = rest[group][count:]
+        return found
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -204,14 +235,16 @@ def _forward_names(model: nn.Module) -> list[str]:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, this rank's part of those that are sharded."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    """Parameters (tied ones once) and persistent buffers, this rank's part of those that are sharded."""
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
-        # Others are derived, and may move: rotary frequencies follow the longest sequence seen.
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+        for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+            # Buffers that are not saved are derived, and may move: rotary frequencies follow the longest sequence seen.
+            if tensor is None or id(tensor) in seen or name in module._non_persistent_buffers_set:
+                continue
+            seen.add(id(tensor))
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            yield f"{prefix}.{name}" if prefix else name, local
 
 
 def _sampled_index(number: int, numel: int, total: int) -> Tensor:
@@ -224,15 +257,10 @@ def _sampled_index(number: int, numel: int, total: int) -> Tensor:
     return torch.from_numpy((edges + generator.random(count) * (numel / count)).astype(np.int64).clip(0, numel - 1))
 
 
-def _to_bytes(tensors: list[Tensor]) -> list[bytes]:
-    """The bits of each 1-D tensor, with one copy to the CPU for each device."""
-    raw = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
-    values: list[bytes] = [b""] * len(raw)
-    for device in {tensor.device for tensor in raw}:
-        here = [i for i, tensor in enumerate(raw) if tensor.device == device]
-        flat = torch.cat([raw[i] for i in here]).cpu().numpy().tobytes()
-        start = 0
-        for i in here:
-            values[i] = flat[start : start + raw[i].numel()]
-            start += raw[i].numel()
-    return values
+def _bits(tensor: Tensor) -> Tensor:
+    """Eight-bit floats cannot be indexed on every device; their bits can."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchEncoding
@@ -282,6 +284,61 @@ def test_packs_may_be_masked_and_padded_and_have_no_labels(llama: Any, scorer: C
         (scores,) = score(scorer, form)
         check_samples(llama, samples, scores)
         assert scores.segment[1].tolist() == [2] * 5 + [-1] * 9
+
+
+def segments_in_a_loop(mask: list[int], positions: list[int]) -> list[list[int]]:
+    """The documents of a row, token by token; lone tokens beside others are padding."""
+    found: list[list[int]] = []
+    for t, (kept, position) in enumerate(zip(mask, positions, strict=True)):
+        if not kept:
+            continue
+        last = found[-1][-1] if found else None
+        if last is not None and position > positions[last] and (last != t - 1 or position == positions[last] + 1):
+            found[-1].append(t)
+        else:
+            found.append([t])
+    return found if len(found) < 2 else [segment for segment in found if len(segment) > 1]
+
+
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=7, max_size=7), st.lists(st.integers(0, 3), min_size=7, max_size=7)),
+    max_size=4,
+)
+
+
+@given(ROWS)
+def test_any_mask_and_positions_are_laid_out_as_a_loop_would(scorer: CausalLMScorer, rows: list[Any]) -> None:
+    mask = torch.tensor([mask for mask, _ in rows], dtype=torch.long).reshape(-1, 7)
+    positions = torch.tensor([numbers for _, numbers in rows], dtype=torch.long).reshape(-1, 7)
+    ids = torch.full_like(mask, 5)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    (scores,) = scorer.begin([batch], level="token", needs_loss=False).finish()
+    documents = [segments_in_a_loop(*row) for row in rows]
+    if any(len(segments) > 1 for segments in documents):
+        expected, number = torch.full_like(mask, -1), 0
+        for row, segments in enumerate(documents):
+            for segment in segments:
+                expected[row, segment] = number
+                number += 1
+        assert scores.segment.equal(expected)
+        assert scores.count.tolist() == [len(segment) - 1 for segments in documents for segment in segments]
+    else:
+        assert scores.segment is None
+        assert scores.count.tolist() == [max(sum(map(len, segments)) - 1, 0) for segments in documents]
+    wanted = torch.zeros_like(mask, dtype=torch.bool)
+    for row, segments in enumerate(documents):
+        for segment in segments:
+            wanted[row, segment[1:]] = True
+    assert scores.token_mask.equal(wanted)
+
+
+def test_batches_without_rows_or_tokens_are_empty(scorer: CausalLMScorer) -> None:
+    for shape in ((0, 4), (3, 0), (0, 0)):
+        ids = torch.zeros(shape, dtype=torch.long)
+        for batch in ({"input_ids": ids}, {"input_ids": ids, "position_ids": ids, "attention_mask": ids}):
+            (scores,) = score(scorer, batch, level="token")
+            assert scores.loss.shape == (shape[0],)
+            assert scores.token_mask.shape == shape
 
 
 def test_an_empty_document_keeps_its_place(llama: Any, scorer: CausalLMScorer) -> None:

@@ -1,0 +1,45 @@
+# Every target builds .venv first and uses nothing outside it. PYTHON may name any Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo.done
+	$(BIN)/flowstream demo
+
+test: .venv/test.done
+	$(BIN)/python -m pytest
+
+lint: .venv/test.done .venv/lint.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/test.done
+	$(BIN)/python benchmarks/digest.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/temperature.py
+
+clean:
+	rm -rf .venv
+
+# In groups: torch alone first, so that nothing pulls in a newer one, and then few extras at a time.
+.venv/core.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/demo.done: .venv/core.done
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/test.done: .venv/demo.done
+	$(PIP) --editable '.[datasets,torchdata]'
+	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/lint.done: .venv/core.done
+	$(PIP) --editable '.[lint]'
+	touch $@

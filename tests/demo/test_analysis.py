@@ -1,0 +1,134 @@
+"""Choosing on validation and judging on test, with runs whose losses are known in closed form."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from flowstream.demo.analysis import Place, judge
+from flowstream.demo.evaluation import Measures
+from flowstream.demo.feeds import METHODS
+from flowstream.demo.results import Figure, PointResult, RunResult
+
+STEPS = (10, 20, 40, 70, 100)
+RATES = (1e-3, 2e-3)
+
+
+def target(rate: float, step: int) -> float:
+    return 1.0 + math.exp(-rate * step * 12)
+
+
+def retained(loss: float, gain: float = 0.0) -> float:
+    return 3.0 + 1 / loss - gain
+
+
+def runs_of(method: str, gain: float, scored: float) -> list[RunResult]:
+    """Runs `gain` nats below the standard curve, that spend `scored` FLOPs on scoring for one on training."""
+    return [
+        RunResult(
+            seed=4,
+            method=method,
+            learning_rate=rate,
+            points=tuple(
+                PointResult(
+                    step=step,
+                    target_loss=target(rate, step),
+                    exact_match=0.0,
+                    retained_loss=retained(target(rate, step), gain),
+                    train_tokens=step,
+                    score_tokens=0,
+                    flops=step * (1 + scored),
+                )
+                for step in STEPS
+            ),
+            num_samples=100,
+            seconds=1.0,
+            score_seconds=0.0,
+            acceptance=1.0,
+        )
+        for rate in RATES
+    ]
+
+
+GAINS = {"standard": 0.0, "exact": 0.2, "weighted": 0.1, "resampled": -0.1, "permuted": 0.0, "subsampled": 0.05}
+SHIFT = 0.5
+"""The test split is harder than validation, on both losses."""
+
+
+@pytest.fixture
+def runs() -> list[RunResult]:
+    scored = {"exact": 20.0, "weighted": 1 / 3, "resampled": 1.0}
+    return [run for method in METHODS for run in runs_of(method, GAINS[method], scored.get(method, 0.0))]
+
+
+class TestSplit:
+    """The test split, which counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Place] = []
+
+    def measure(self, place: Place) -> Measures:
+        self.asked.append(place)
+        method, rate, step = place
+        loss = target(rate, step)
+        return Measures(loss + SHIFT, 0.25, retained(loss, GAINS[method]) + SHIFT)
+
+    __test__ = False
+
+
+def test_a_gain_is_the_known_distance_to_the_curve_at_equal_target(runs: list[RunResult]) -> None:
+    judged = judge(runs, TestSplit().measure, lambda place: 0.5)
+    for method, gain in GAINS.items():
+        choice = judged.choices["equal_steps"][method]
+        assert choice is not None
+        assert choice.gain == pytest.approx(gain, abs=1e-9)
+        assert choice.answer_accuracy == 0.5
+        assert judged.curve_gain[method] == pytest.approx(gain, abs=1e-9)
+
+
+def test_the_test_split_is_measured_for_the_curve_and_the_chosen_points_only_and_once(runs: list[RunResult]) -> None:
+    split = TestSplit()
+    judged = judge(runs, split.measure, lambda place: 0.0)
+    assert len(split.asked) == len(set(split.asked))
+    chosen = {
+        (method, choice.learning_rate, choice.step)
+        for choices in judged.choices.values()
+        for method, choice in choices.items()
+        if choice is not None
+    }
+    curve = {("standard", *pair) for pair in zip(judged.curve.learning_rate, judged.curve.step, strict=True)}
+    assert set(split.asked) == chosen | curve
+
+
+def test_equal_flops_admits_only_points_within_standards_whole_run(runs: list[RunResult]) -> None:
+    judged = judge(runs, TestSplit().measure, lambda place: 0.0)
+    choices = judged.choices["equal_flops"]
+    assert choices["exact"] is None
+    weighted, resampled = choices["weighted"], choices["resampled"]
+    assert weighted is not None
+    assert resampled is not None
+    assert weighted.step <= 75
+    assert resampled.step <= 50
+    assert choices["standard"] == judged.choices["equal_steps"]["standard"]
+
+
+def test_a_target_beyond_the_curve_is_outside_and_not_extrapolated(runs: list[RunResult]) -> None:
+    better = [
+        replace(run, points=tuple(replace(p, target_loss=p.target_loss - 5) for p in run.points))
+        if run.method == "weighted"
+        else run
+        for run in runs
+    ]
+
+    def measure(place: Place) -> Measures:
+        measures = TestSplit().measure(place)
+        return replace(measures, target_loss=measures.target_loss - 5) if place[0] == "weighted" else measures
+
+    judged = judge(better, measure, lambda place: 0.0)
+    choice = judged.choices["equal_steps"]["weighted"]
+    assert choice is not None
+    assert math.isnan(choice.gain)
+    assert math.isnan(judged.curve_gain["weighted"])
+    figure = Figure.of([choice, replace(choice, gain=0.5), None])
+    assert (figure.mean, figure.num_outside, figure.num_over_budget) == (0.5, 1, 1)
+    assert math.isnan(figure.spread)

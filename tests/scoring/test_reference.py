@@ -1,0 +1,163 @@
+"""The frozen reference: drift is found, and fingerprints tell references apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flowstream.scoring.causal_lm import CausalLMScorer
+from flowstream.scoring.classifier import ClassifierScorer
+from flowstream.scoring.reference import Reference
+
+OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+    "foreach AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, foreach=True),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
+}
+
+
+def train(model: Any, optimiser: torch.optim.Optimizer) -> None:
+    ids = torch.arange(3, 35).reshape(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_training_a_shared_reference_is_found(tiny: Any, name: str) -> None:
+    model = tiny("llama")
+    scorer = CausalLMScorer(model, copy=False)
+    scorer.check()
+    train(model, OPTIMISERS[name](model.parameters()))
+    with pytest.raises(RuntimeError, match=r"the reference has changed .* being trained.*copy=True"):
+        scorer.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_trained_layer_is_found_and_named(tiny: Any, dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype).requires_grad_(False)
+    norm = model.model.layers[1].input_layernorm.weight.requires_grad_()
+    scorer = CausalLMScorer(model, copy=False)
+    train(model, torch.optim.AdamW([norm], lr=1e-2))
+    with pytest.raises(RuntimeError, match=r"'model.layers.1.input_layernorm.weight', 1 of \d+ tensors"):
+        scorer.check()
+
+
+@pytest.mark.parametrize("sharing", ["auto", True])
+def test_training_a_copied_reference_changes_nothing(tiny: Any, sharing: Any) -> None:
+    model, batch = tiny("llama"), {"input_ids": torch.arange(3, 35).reshape(2, 16)}
+    scorer = CausalLMScorer(model, copy=sharing)
+    (before,) = scorer.begin([batch], level="sample").finish()
+    train(model, OPTIMISERS["fused AdamW"](model.parameters()))
+    scorer.check()
+    (after,) = scorer.begin([batch], level="sample").finish()
+    assert after.loss.equal(before.loss)
+
+
+def test_drifting_batch_norm_statistics_are_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).requires_grad_(False).train()
+    scorer = ClassifierScorer(model)
+    scorer.begin([(torch.randn(8, 4), torch.zeros(8).long())], level="sample").finish()
+    scorer.check()
+    model(torch.randn(8, 4))
+    with pytest.raises(RuntimeError, match=r"'1\.running_mean'"):
+        scorer.check()
+
+
+def test_nan_parameters_do_not_look_like_drift() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    model.weight.fill_(float("nan"))
+    Reference(model).check()
+
+
+def test_swapped_and_resized_parameters_are_found(tiny: Any) -> None:
+    model = tiny("llama").requires_grad_(False)
+    reference = Reference(model)
+    model.resize_token_embeddings(101, mean_resizing=False)
+    with pytest.raises(RuntimeError, match="changed"):
+        reference.check()
+    reference = Reference(model)
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"'extra\.weight'"):
+        reference.check()
+
+
+def test_any_layout_and_dtype_can_be_sampled() -> None:
+    model = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last).requires_grad_(False)
+    model.register_buffer("steps", torch.tensor(3))
+    model.register_buffer("flag", torch.tensor([True, False]))
+    model.register_buffer("empty", torch.zeros(0))
+    model.register_buffer("eight", torch.zeros(9).to(torch.float8_e4m3fn))
+    model.register_buffer("complex", torch.zeros(3, dtype=torch.complex64))
+    reference = Reference(model)
+    reference.check()
+    model.eight.copy_(torch.ones(9))
+    with pytest.raises(RuntimeError, match="'eight', 1 of"):
+        reference.check()
+
+
+def test_fingerprints_tell_references_apart(tiny: Any) -> None:
+    model = tiny("llama")
+    base = CausalLMScorer(model).fingerprint()
+    assert CausalLMScorer(tiny("llama")).fingerprint() == base
+    assert CausalLMScorer(model, copy=False, token_budget=7).fingerprint() == base
+    train_one = copy.deepcopy(model)
+    train_one.model.norm.weight.data[:] += 1e-3
+    others = [
+        train_one,
+        copy.deepcopy(model).bfloat16(),
+        tiny("llama", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+        tiny("mistral"),
+    ]
+    prints = [CausalLMScorer(other).fingerprint() for other in others]
+    assert len({base, *prints}) == 5
+    assert Reference(model).fingerprint("a") != Reference(model).fingerprint("b")
+
+
+class PeftModel(nn.Module):
+    """Has what peft's models have."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_model = base
+        self.peft_config = {"default": object()}
+
+    def forward(self, input_ids: Any) -> Any: ...
+
+
+def test_adapters_are_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"PEFT adapters, .* base model"):
+        CausalLMScorer(PeftModel(tiny("llama")))
+
+
+def test_wrappers_are_looked_through(tiny: Any) -> None:
+    model = tiny("llama").requires_grad_(False)
+    assert Reference(nn.DataParallel(model)).model is model
+    assert Reference(torch.compile(model, backend="eager")).model is model
+
+
+def test_what_cannot_be_copied_says_what_to_do() -> None:
+    model = nn.Linear(2, 2)
+    model.handle = (i for i in range(3))
+    with pytest.raises(RuntimeError, match=r"Linear cannot be copied .*generator.*from_pretrained, or freeze"):
+        Reference(model)
+
+
+def test_sharing_never_moves_the_callers_model() -> None:
+    with pytest.raises(ValueError, match=r"copy=False shares the model, which is on cpu, and would move it to meta"):
+        Reference(nn.Linear(2, 2), copy=False, device=torch.device("meta"))
+    assert Reference(nn.Linear(2, 2), copy=False, device="cpu").model.weight.device.type == "cpu"
+
+
+def test_a_copy_keeps_tied_weights_tied(tiny: Any) -> None:
+    model = tiny("gpt2")
+    clone = Reference(model).model
+    assert clone.lm_head.weight is clone.transformer.wte.weight
+    assert clone.lm_head.weight is not model.lm_head.weight
+    assert clone.lm_head.weight.grad is None
