@@ -66,7 +66,7 @@ def with_fields(batch: Any, values: Mapping[Any, Any]) -> Any:
             object.__setattr__(new, name, value)  # also what `__init__` does not take, and where the class is frozen
         return new
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return batch._replace(**values)
+        return type(batch)(**values)
     if isinstance(batch, tuple | list):
         return type(batch)(values.values())
     return values[0]

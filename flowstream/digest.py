@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from flowstream.centroids import Centroids, Floats, between, compressed, nodes_between
 
 __all__ = ["Digest"]
 
-Floats = NDArray[np.float64]
-
 _BUFFER_PER_CENTROID = 8
-_UNIFORM_SHARE = 0.5
 _HEADER = struct.Struct("<4sIIIQddd")
 _MAGIC = b"fsd1"
 _STATE_VERSION = 1
-
-
-class _Centroids(NamedTuple):
-    """Sorted centroids, and the range of the values they stand for."""
-
-    means: Floats
-    weights: Floats
-    minimum: float
-    maximum: float
-
-
-class _Nodes(NamedTuple):
-    """Points (cumulative weight, value), ascending in both, between which quantiles are interpolated."""
-
-    positions: Floats
-    values: Floats
 
 
 class Digest:
@@ -83,8 +65,8 @@ class Digest:
         self._sum_squares = 0.0
         self._minimum = np.inf
         self._maximum = -np.inf
-        self._cached: _Centroids | None = None
-        self._cached_nodes: _Nodes | None = None
+        self._cached: Centroids | None = None
+        self._cached_nodes: tuple[Floats, Floats] | None = None
 
     # -- what goes in ------------------------------------------------------------------------------
 
@@ -99,17 +81,16 @@ class Digest:
             count = int(flat.size - np.isfinite(flat).sum())
             raise ValueError(f"a digest holds finite values: {count} of {flat.size} are NaN or infinite, mask them out")
         if weights is None:
-            self._num_values += flat.size
-            self._sum_squares += flat.size
-            self._append(flat, 1.0)
-            return
-        flat_weights = np.asarray(weights, dtype=np.float64).reshape(-1)
-        if flat_weights.shape != flat.shape:
-            raise ValueError(f"one weight a value is needed, got {flat_weights.size} weights for {flat.size} values")
-        if not (np.isfinite(flat_weights).all() and (flat_weights >= 0).all()):
-            raise ValueError("weights must be finite and not negative")
+            flat_weights, sum_squares = np.ones_like(flat), float(flat.size)
+        else:
+            flat_weights = np.asarray(weights, dtype=np.float64).reshape(-1)
+            if flat_weights.shape != flat.shape:
+                raise ValueError(f"one weight a value is needed, got {flat_weights.size} for {flat.size} values")
+            if not (np.isfinite(flat_weights).all() and (flat_weights >= 0).all()):
+                raise ValueError("weights must be finite and not negative")
+            sum_squares = float((flat_weights * flat_weights).sum())
         self._num_values += flat.size
-        self._sum_squares += float((flat_weights * flat_weights).sum())
+        self._sum_squares += sum_squares
         self._append(flat, flat_weights)
 
     def merge(self, other: Digest) -> None:
@@ -123,19 +104,15 @@ class Digest:
     @classmethod
     def merged(cls, digests: Sequence[Digest]) -> Digest:
         """All `digests` in one, taken in order and compressed once, with as many centroids as the largest may have."""
-        result = cls(max((digest.max_centroids for digest in digests), default=500))
-        parts = [digest._centroids() for digest in digests]
-        if parts:
-            result._means, result._weights = _compressed(
-                np.concatenate([part.means for part in parts]),
-                np.concatenate([part.weights for part in parts]),
-                result.max_centroids,
-            )
-        result._minimum = min((part.minimum for part in parts), default=np.inf)
-        result._maximum = max((part.maximum for part in parts), default=-np.inf)
-        result._num_values = sum(digest._num_values for digest in digests)
-        result._sum_squares = sum(digest._sum_squares for digest in digests)
-        return result
+        max_centroids = max((digest.max_centroids for digest in digests), default=500)
+        parts = [Centroids(np.empty(0), np.empty(0), np.inf, -np.inf), *(digest._centroids() for digest in digests)]
+        means, weights, minima, maxima = zip(*parts, strict=True)
+        centroids = compressed(np.concatenate(means), np.concatenate(weights), max_centroids)
+        return cls(max_centroids)._holding(
+            Centroids(*centroids, min(minima), max(maxima)),
+            sum(digest._num_values for digest in digests),
+            sum(digest._sum_squares for digest in digests),
+        )
 
     def scale(self, factor: float) -> None:
         """Multiply every weight by `factor` (≥ 0): exponential decay, one step at a time. `num_values` stays.
@@ -148,6 +125,15 @@ class Digest:
         self._weights = self._weights * factor
         self._buffer_weights[: self._num_buffered] *= factor
         self._sum_squares *= factor * factor
+        self._forget()
+
+    def compress(self) -> None:
+        """Fold the buffer into the centroids, so that a state takes 16 bytes a centroid.
+
+        No reading changes by it; those after later values do, within the digest's error.
+        """
+        self._means, self._weights, self._minimum, self._maximum = self._centroids()
+        self._num_buffered = 0
         self._forget()
 
     def copy(self) -> Digest:
@@ -212,7 +198,7 @@ class Digest:
             return float("nan")
         target = positions[0] + q * (positions[-1] - positions[0])
         right = min(max(int(np.searchsorted(positions, target, side="right")), 1), values.size - 1)
-        return _between(target, positions[right - 1 : right + 1], values[right - 1 : right + 1])
+        return between(target, positions[right - 1 : right + 1], values[right - 1 : right + 1])
 
     def cdf(self, x: float) -> float:
         """The share of the weight at or below `x`, the inverse of `quantile`; nan when the digest is empty."""
@@ -222,7 +208,7 @@ class Digest:
         right = int(np.searchsorted(values, x, side="right"))
         if right in (0, values.size):
             return float(right > 0)
-        position = _between(x, values[right - 1 : right + 1], positions[right - 1 : right + 1])
+        position = between(x, values[right - 1 : right + 1], positions[right - 1 : right + 1])
         return float((position - positions[0]) / (positions[-1] - positions[0]))
 
     def density(self, q: float) -> float:
@@ -284,12 +270,9 @@ class Digest:
         result = cls(state["max_centroids"])
         names = ("means", "weights", "buffer_values", "buffer_weights")
         means, weights, buffer_values, buffer_weights = (state[name].cpu().numpy().copy() for name in names)
-        result._means, result._weights, result._num_buffered = means, weights, buffer_values.size
-        result._buffer_values[: buffer_values.size] = buffer_values
-        result._buffer_weights[: buffer_values.size] = buffer_weights
-        result._num_values, result._sum_squares = state["num_values"], state["sum_squares"]
-        result._minimum, result._maximum = state["minimum"], state["maximum"]
-        return result
+        result._append(buffer_values, buffer_weights)
+        centroids = Centroids(means, weights, state["minimum"], state["maximum"])
+        return result._holding(centroids, state["num_values"], state["sum_squares"])
 
     @staticmethod
     def num_bytes(max_centroids: int = 500) -> int:
@@ -317,12 +300,9 @@ class Digest:
         _, max_centroids, size, _, num_values, sum_squares, minimum, maximum = _HEADER.unpack_from(message)
         if len(message) != cls.num_bytes(max_centroids):
             raise ValueError(f"a digest's message has {cls.num_bytes(max_centroids)} bytes, got {len(message)}")
-        result = cls(max_centroids)
         body = np.frombuffer(message, dtype="<f8", offset=_HEADER.size).reshape(2, max_centroids).astype(np.float64)
-        result._means, result._weights = body[0, :size].copy(), body[1, :size].copy()
-        result._num_values, result._sum_squares = num_values, sum_squares
-        result._minimum, result._maximum = minimum, maximum
-        return result
+        centroids = Centroids(body[0, :size].copy(), body[1, :size].copy(), minimum, maximum)
+        return cls(max_centroids)._holding(centroids, num_values, sum_squares)
 
     def to_tdigest(self) -> Any:
         """The same centroids as a `tdigest.TDigest`; draws nothing on Python's `random`.
@@ -330,15 +310,9 @@ class Digest:
         Raises:
             ImportError: the package is not installed.
         """
-        tdigest = _import_tdigest()
-        result = tdigest.TDigest()
-        centroids = self._centroids()
-        means, starts = np.unique(centroids.means, return_index=True)
-        weights = np.add.reduceat(centroids.weights, starts) if means.size else means
-        for mean, weight in zip(means.tolist(), weights.tolist(), strict=True):
-            result.C.insert(mean, tdigest.tdigest.Centroid(mean, weight))
-            result.n += weight
-        return result
+        from flowstream.tdigest_backend import to_tdigest
+
+        return to_tdigest(self.means, self.weights)
 
     @classmethod
     def from_tdigest(
@@ -348,10 +322,12 @@ class Digest:
 
         Left out, both are its total count, which is right where every value had weight 1.
         """
+        from flowstream.tdigest_backend import from_tdigest
+
         result = cls(max_centroids)
-        pairs = np.array([[c["m"], c["c"]] for c in tdigest.centroids_to_list()], dtype=np.float64).reshape(-1, 2)
-        result.add(pairs[:, 0], pairs[:, 1])
-        total = float(pairs[:, 1].sum())
+        means, counts = from_tdigest(tdigest)
+        result.add(means, counts)
+        total = float(counts.sum())
         result._num_values = round(total) if num_values is None else num_values
         result._sum_squares = total if sum_squares is None else sum_squares
         return result
@@ -362,7 +338,14 @@ class Digest:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _append(self, values: Floats, weights: Floats | float) -> None:
+    def _holding(self, centroids: Centroids, num_values: int, sum_squares: float) -> Digest:
+        """This digest, new, with centroids beneath its buffer and the counts of all that they and the buffer hold."""
+        self._means, self._weights, self._minimum, self._maximum = centroids
+        self._num_values, self._sum_squares = num_values, sum_squares
+        self._forget()
+        return self
+
+    def _append(self, values: Floats, weights: Floats) -> None:
         """Fill the buffer to its brim, compress, go on: the result depends on the sequence of values alone."""
         self._forget()
         start = 0
@@ -370,14 +353,12 @@ class Digest:
             stop = min(values.size, start + self._buffer_values.size - self._num_buffered)
             free = slice(self._num_buffered, self._num_buffered + stop - start)
             self._buffer_values[free] = values[start:stop]
-            self._buffer_weights[free] = weights if isinstance(weights, float) else weights[start:stop]
+            self._buffer_weights[free] = weights[start:stop]
             self._num_buffered, start = free.stop, stop
             if self._num_buffered == self._buffer_values.size:
-                self._means, self._weights, self._minimum, self._maximum = self._centroids()
-                self._num_buffered = 0
-                self._forget()
+                self.compress()
 
-    def _centroids(self) -> _Centroids:
+    def _centroids(self) -> Centroids:
         """Centroids and buffer, compressed into one. A view for readers: it leaves both as they are."""
         if self._cached is None:
             buffered = self._buffer_values[: self._num_buffered]
@@ -387,84 +368,23 @@ class Digest:
                 # Equal weights need no permutation, and a sort by value alone is three times as fast.
                 if buffered.size and (buffer_weights == buffer_weights[0]).all():
                     buffered = np.sort(buffered)
-                means, weights = _compressed(
+                means, weights = compressed(
                     np.concatenate([means, buffered]), np.concatenate([weights, buffer_weights]), self.max_centroids
                 )
             minimum = min(self._minimum, float(buffered.min(initial=np.inf)))
             maximum = max(self._maximum, float(buffered.max(initial=-np.inf)))
-            self._cached = _Centroids(means, weights, minimum, maximum)
+            self._cached = Centroids(means, weights, minimum, maximum)
         return self._cached
 
-    def _nodes(self) -> _Nodes:
+    def _nodes(self) -> tuple[Floats, Floats]:
         if self._cached_nodes is None:
-            self._cached_nodes = _nodes_between(self._centroids(), self.effective_size)
+            self._cached_nodes = nodes_between(self._centroids(), self.effective_size)
         return self._cached_nodes
 
     def _forget(self) -> None:
         self._cached = self._cached_nodes = None
 
 
-@lru_cache(maxsize=8)
-def _grid(max_centroids: int) -> Floats:
-    """Left edges in q of the centroids' cells: the scale function's inverse, by the solution of a quadratic in √q."""
-    k = np.arange(max_centroids) / max_centroids
-    root = (1 - _UNIFORM_SHARE) / np.sqrt(2)
-    lower_k = np.minimum(k, 1 - k)
-    lower_q = ((np.sqrt(root * root + 4 * _UNIFORM_SHARE * lower_k) - root) / (2 * _UNIFORM_SHARE)) ** 2
-    return np.asarray(np.where(k <= 0.5, lower_q, 1 - lower_q))
-
-
-def _compressed(values: Floats, weights: Floats, max_centroids: int) -> tuple[Floats, Floats]:
-    """Sorted centroids `[C]` of weighted values `[N]`: C = N while that is few enough, else at most `max_centroids`."""
-    if not (weights > 0).all():
-        values, weights = values[weights > 0], weights[weights > 0]
-    order = np.argsort(values, kind="stable")
-    values, weights = values[order] + 0.0, weights[order]
-    if values.size <= max_centroids:
-        return values, weights
-    right_edges = np.cumsum(weights)
-    middles = np.concatenate([right_edges[:1], right_edges[:-1] + right_edges[1:]])
-    middles[1:] *= 0.5
-    middles[0] *= 0.5
-    cells = np.searchsorted(middles, _grid(max_centroids) * right_edges[-1])
-    starts = cells[(np.diff(cells, prepend=-1) > 0) & (cells < values.size)]
-    sums = np.add.reduceat(weights, starts)
-    means = np.add.reduceat(values * weights, starts) / sums
-    last = np.append(starts[1:], values.size) - 1
-    # Rounding must neither move an atom nor let neighbours change places.
-    return np.clip(means, values[starts], values[last]), sums
-
-
-def _nodes_between(centroids: _Centroids, effective_size: float) -> _Nodes:
-    """Every centroid at the middle of its weight; the extremes half a value's weight from the ends.
-
-    With equal weights and single values the nodes are numpy's for linear quantiles.
-    """
-    means, weights, minimum, maximum = centroids
-    if not means.size:
-        return _Nodes(means, means)
-    right_edges = np.cumsum(weights)
-    middles = np.maximum.accumulate(right_edges - 0.5 * weights)
-    half_value = 0.5 * right_edges[-1] / effective_size
-    first, last = min(half_value, middles[0]), max(right_edges[-1] - half_value, middles[-1])
-    return _Nodes(np.concatenate([[first], middles, [last]]), np.concatenate([[minimum], means, [maximum]]))
-
-
-def _between(x: float, xs: Floats, ys: Floats) -> float:
-    """The line through two nodes at `x`, within the nodes' own range whatever the rounding."""
-    width = xs[1] - xs[0]
-    share = min(max((x - xs[0]) / width, 0.0), 1.0) if width > 0 else 0.0
-    return float(min(max(ys[0] + share * (ys[1] - ys[0]), ys[0]), ys[1]))
-
-
 def _check_share(q: float) -> None:
     if not 0 <= q <= 1:
         raise ValueError(f"a quantile is asked for by a share in [0, 1], got {q!r}")
-
-
-def _import_tdigest() -> Any:
-    try:
-        import tdigest
-    except ImportError as error:
-        raise ImportError("the tdigest package is not installed: pip install 'flowstream[tdigest]'") from error
-    return tdigest

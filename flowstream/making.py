@@ -14,11 +14,11 @@ from flowstream.batch import attach, fields, is_array, num_rows
 from flowstream.digest import Digest
 from flowstream.metrics import WeightSums
 from flowstream.recollate import Row, width_of
+from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost, Level, Scorer, Scores
 from flowstream.scoring.cache import LossCache
 from flowstream.settings import Settings
 from flowstream.source import Pulled
-from flowstream.temperature import RunningTemperature
 from flowstream.weighing import Losses
 
 

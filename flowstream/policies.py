@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from flowstream.randomness import permutation
 
 __all__ = [
     "Flow",
@@ -159,7 +159,8 @@ class Permuted:
         if not weights:
             return []
         pooled = torch.cat([w[v] for w, v in zip(weights, valid, strict=True)])
-        shuffled = pooled[_order(pooled.numel(), seed).to(pooled.device)]
+        order = torch.from_numpy(permutation(pooled.numel(), seed, use="permuted"))
+        shuffled = pooled[order.to(pooled.device)]
         counts = [int(v.sum()) for v in valid]
         permuted = []
         for weight, mask, part in zip(weights, valid, torch.split(shuffled, counts), strict=True):
@@ -227,10 +228,3 @@ def _ratio(loss: Tensor, tau: Tensor | float) -> Tensor:
     if not positive:
         raise ValueError(f"tau is {tau}, and a temperature is above 0; give the temperature a floor")
     return loss.double() / tau
-
-
-def _order(num_entries: int, seed: tuple[int, ...]) -> Tensor:
-    """A permutation drawn from the seed alone, from raw 64-bit words: numpy promises those never to change."""
-    key = hashlib.blake2b(repr(("permuted", *map(int, seed))).encode(), digest_size=16).digest()
-    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(num_entries)
-    return torch.from_numpy(np.argsort(words, kind="stable"))

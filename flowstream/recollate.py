@@ -17,8 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowstream.batch import Key, fields, has_entries, inputs, is_array, is_container, leaves, num_rows, path_name
-from flowstream.batch import with_fields as _with_fields
+from flowstream.batch import (
+    Key,
+    fields,
+    has_entries,
+    inputs,
+    is_array,
+    is_container,
+    leaves,
+    num_rows,
+    path_name,
+    with_fields,
+)
 
 IGNORED = -100
 """The label that losses ignore, by torch's and transformers' convention."""
@@ -150,7 +160,7 @@ class _Meeting:
                 names = sorted({str(key) for child in children for key in child})
                 raise ValueError(f"batches whose rows meet have different fields at {path_name(path)}: {names}")
             merged = {key: self.merge([child[key] for child in children], (*path, key)) for key in children[0]}
-            return _with_fields(first, merged)
+            return with_fields(first, merged)
         if kind in ("a tensor", "an array"):
             return self._merge_arrays(values, path)
         if kind == "a list":
@@ -277,10 +287,8 @@ def _sequence(batch: Any) -> Any:
 def _labels(batch: Any) -> NDArray[Any] | None:
     """The labels of the tokens [B, T]: those beside the ids, or the second element of `(inputs, labels)`."""
     own = fields(batch) if is_container(batch) else {}
-    found = next(
-        (places[key] for places, key in ((inputs(batch), "labels"), (own, "labels"), (own, 1)) if key in places), None
-    )
-    labels = _numpy(found)
+    places = ((inputs(batch), "labels"), (own, "labels"), (own, 1))
+    labels = _numpy(next((found[key] for found, key in places if key in found), None))
     return labels if labels is not None and labels.ndim == 2 else None
 
 
@@ -331,7 +339,7 @@ def _taken(value: Any, index: int, rows: int, *, nested: bool) -> Any:
     kind = _kind(value, rows, (0,) if nested else ())
     if kind == "fields":
         taken = {key: _taken(child, index, rows, nested=True) for key, child in fields(value).items()}
-        return taken if isinstance(value, Mapping) else _with_fields(value, taken)
+        return taken if isinstance(value, Mapping) else with_fields(value, taken)
     return value if kind == "one value" else value[index]
 
 
@@ -362,7 +370,7 @@ def _fresh(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.copy()
     if is_container(value):
-        return _with_fields(value, {key: _fresh(child) for key, child in fields(value).items()})
+        return with_fields(value, {key: _fresh(child) for key, child in fields(value).items()})
     return list(value) if type(value) is list else value
 
 

@@ -26,8 +26,9 @@ from flowstream.making import (
     group_denominators,
 )
 from flowstream.metrics import WeightSums
+from flowstream.randomness import permutation, uniform
 from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
-from flowstream.samplers import Systematic, Thin, chunk_size, permutation, uniform
+from flowstream.samplers import Systematic, Thin, chunk_size
 from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import flatten, sum_up, weigh

@@ -9,9 +9,9 @@ from typing import Any
 
 from flowstream.making import Window
 from flowstream.metrics import WeightSums
+from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost
 from flowstream.settings import Settings
-from flowstream.temperature import RunningTemperature
 
 _logger = logging.getLogger("flowstream")
 

@@ -1,18 +1,17 @@
 """Samplers: the weights of a window's candidates, and one uniform number, say how often each is delivered.
 
-All is a pure function of (weights, seed, epoch, window, rank): there is no generator state.
+All is pure: the uniform number u comes from `flowstream.randomness`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Systematic", "Thin", "chunk_size", "permutation", "uniform"]
+__all__ = ["Systematic", "Thin", "chunk_size"]
 
 # Running sums are kept on a grid of 2^-36: additions are then exact in float64 (up to a mass of 2^17 a window), so that
 # no rounding can deliver a sample twice, and the split into chunks cannot matter.
@@ -103,21 +102,6 @@ class Systematic:
         return copies
 
 
-def uniform(seed: tuple[int, ...]) -> float:
-    """A number in [0, 1) drawn from `seed` = (seed, epoch, window, rank) alone; equal on every platform."""
-    return (int.from_bytes(_key("uniform", seed)[:8], "little") >> 11) * 2.0**-53
-
-
-def permutation(num: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    """A permutation [num] int64 drawn from `seed` = (seed, epoch, window, rank) alone; equal on every platform.
-
-    Independent of `uniform` of the same seed.
-    """
-    words = np.random.Philox(key=int.from_bytes(_key("permutation", seed), "little")).random_raw(num)
-    order: NDArray[np.int64] = np.argsort(words, kind="stable")  # `Generator.permutation` may change between versions
-    return order
-
-
 def chunk_size(missing: float, mean_weight: float, batch_size: int, *, margin: float, limit: int) -> int:
     """Whole loader batches to pull next, from 1 to `limit`, in order to gain `margin` times the `missing` mass.
 
@@ -152,8 +136,3 @@ def _on_grid(u: float) -> float:
     if not 0 <= u < 1:
         raise ValueError(f"u is {u}; give a number in [0, 1), such as uniform((seed, epoch, window, rank))")
     return math.floor(u * _GRID) / _GRID
-
-
-def _key(use: str, seed: tuple[int, ...]) -> bytes:
-    """128 bits that differ for different uses of one seed, and for tuples of different lengths."""
-    return hashlib.blake2b(repr((use, *map(int, seed))).encode(), digest_size=16).digest()

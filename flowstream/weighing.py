@@ -83,7 +83,9 @@ def weigh(losses: Losses, tau: float | Sequence[float], policy: Policy, seed: tu
     if isinstance(tau, float | int):
         temperature: float | Tensor = float(tau)
     else:
-        temperature = torch.repeat_interleave(torch.tensor(tau, dtype=torch.float64), torch.tensor(losses.sizes, dtype=torch.int64))
+        temperature = torch.repeat_interleave(
+            torch.tensor(tau, dtype=torch.float64), torch.tensor(losses.sizes, dtype=torch.int64)
+        )
     usable = losses.usable
     safe = torch.where(usable, losses.loss, 0.0)
     weight = torch.where(usable, check_weight(policy(safe, temperature), safe), 0.0)
@@ -102,7 +104,8 @@ def sum_up(losses: Losses, weight: Tensor) -> WeightSums:
 def place(values: Tensor, scores: Scores, level: Level) -> Tensor:
     """One batch's `values` (a sample or a labelled token each) where its loss function reads them.
 
-    Returns [B]; or [B, T], aligned with the labels, for tokens and for packed rows, with 0 where nothing is labelled.
+    Returns [B]; or [B, T], aligned with the labels by index: for tokens, with 0 where nothing is labelled; for packed
+    rows, the document's own value at all its positions, and 0 outside of documents.
     """
     if level == "token":
         assert scores.token_mask is not None

@@ -456,7 +456,7 @@ def test_a_loss_that_is_not_finite_gets_weight_zero_and_stays_out_of_tau():
     assert weight[[3, 40, 41]].tolist() == [0, 0, 0]
     assert stream.metrics()["flow/nonfinite"] == 3
     kept = np.delete(gathered(clean, "loss").numpy(), [3, 40, 41])
-    assert float(out[0]["flow_tau"]) == pytest.approx(np.median(kept), rel=1e-6)
+    assert float(out[0]["flow_tau"]) == pytest.approx(np.median(kept), rel=2e-3)
 
 
 def test_too_many_losses_that_are_not_finite_raise_and_name_the_samples():

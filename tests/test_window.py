@@ -1,14 +1,16 @@
-"""The scoring plan of a window."""
+"""The scoring plan of a window, and how rows that are kept fill its batches."""
 
 from __future__ import annotations
 
+import doctest
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowstream.window import plan
+from flowstream import window
+from flowstream.window import fill_batches, plan
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=60)
 BUDGETS = st.integers(1, 200)
@@ -49,3 +51,85 @@ def test_nothing_to_plan() -> None:
 def test_bad_input_is_refused(lengths: list[int], budget: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(lengths, budget)
+
+
+# Filling batches
+
+
+def area(group: list[int], lengths: list[int], multiple: int) -> int:
+    longest = max(lengths[i] for i in group)
+    return len(group) * next(width for width in itertools.count(longest) if width % multiple == 0)
+
+
+def fewest_batches(lengths: list[int], max_rows: int, max_area: int, multiple: int) -> int:
+    """Over every cut of the sorted rows: which the limits allow, and which takes the fewest batches."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    fewest = [0]
+    for end in range(1, len(order) + 1):
+        fewest.append(
+            min(
+                fewest[start] + 1
+                for start in range(max(end - max_rows, 0), end)
+                if end - start == 1 or not max_area or area(order[start:end], lengths, multiple) <= max_area
+            )
+        )
+    return fewest[-1]
+
+
+FILLS = st.tuples(
+    st.lists(st.integers(0, 12), max_size=24),
+    st.integers(0, 5),
+    st.integers(1, 5),
+    st.sampled_from([0, 3, 12, 25, 40]),
+    st.sampled_from([1, 4]),
+)
+
+
+@settings(deadline=None)
+@given(FILLS)
+def test_filled_batches_keep_the_limits(fill: tuple[list[int], int, int, int, int]) -> None:
+    lengths, num_batches, max_rows, max_area, multiple = fill
+    groups, _ = fill_batches(*fill)
+    assert len(groups) <= num_batches
+    for group in groups:
+        assert 1 <= len(group) <= max_rows
+        assert len(group) == 1 or not max_area or area(group, lengths, multiple) <= max_area
+
+
+@settings(deadline=None)
+@given(FILLS)
+def test_the_first_rows_are_used_each_once(fill: tuple[list[int], int, int, int, int]) -> None:
+    groups, num = fill_batches(*fill)
+    assert sorted(i for group in groups for i in group) == list(range(num))
+
+
+@settings(deadline=None)
+@given(FILLS)
+def test_rows_of_similar_lengths_share_a_batch(fill: tuple[list[int], int, int, int, int]) -> None:
+    order = [i for group in fill_batches(*fill)[0] for i in group]
+    assert order == sorted(sorted(order), key=fill[0].__getitem__)
+
+
+@settings(deadline=None)
+@given(FILLS)
+def test_as_many_rows_are_used_as_the_batches_can_hold(fill: tuple[list[int], int, int, int, int]) -> None:
+    lengths, num_batches, *limits = fill
+    _, num = fill_batches(*fill)
+    held = [n for n in range(len(lengths) + 1) if fewest_batches(lengths[:n], *limits) <= num_batches]
+    assert num == max(held)
+
+
+def test_without_lengths_only_rows_count() -> None:
+    assert fill_batches([0] * 5, num_batches=2, max_rows=2, max_area=0) == ([[0, 1], [2, 3]], 4)
+
+
+def test_a_row_too_large_for_any_batch_has_its_own() -> None:
+    assert fill_batches([9, 1, 1], num_batches=2, max_rows=4, max_area=4) == ([[1, 2], [0]], 3)
+
+
+def test_nothing_to_fill() -> None:
+    assert fill_batches([], 3, 2, 8) == fill_batches([1, 2], 0, 2, 8) == ([], 0)
+
+
+def test_docstring_examples_run() -> None:
+    assert doctest.testmod(window).failed == 0

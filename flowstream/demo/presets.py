@@ -9,20 +9,22 @@ from flowstream.demo.pretraining import ModelSize
 FULL = Settings()
 
 QUICK = Settings(
-    model=ModelSize(vocabulary=512, width=48, layers=2, context=64, steps=60, batch=8, max_threads=1),
-    max_train_chars=400_000,
-    num_problems=256,
+    model=ModelSize(vocabulary=512, width=32, layers=1, heads=2, context=64, steps=40, max_threads=1),
+    max_train_chars=300_000,
+    num_problems=160,
     num_shards=4,
-    num_validation=16,
-    num_test=32,
+    num_validation=12,
+    num_test=16,
     num_text_chunks=8,
     learning_rates=(1e-3, 4e-3),
-    steps=16,
+    batch=4,
+    steps=20,
     window=4,
-    warmup_samples=64,
-    num_decoded=8,
+    warmup_samples=48,
+    num_decoded=4,
     max_processes=1,
 )
+
 
 
 def adapted(settings: Settings, steps: int | None, learning_rates: Sequence[float]) -> Settings:

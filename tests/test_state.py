@@ -1,0 +1,244 @@
+"""State and resume: a stopped stream delivers what the uninterrupted one would have."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from batches import Recording, batches_of, by_key, gamma_losses
+
+import flowstream as fs
+
+INCLUDE = ("tau", "index", "loss", "weight", "denominator")
+KINDS = {
+    "weight": {"mode": "weight", "window": 4, "accumulate": 2},
+    "normalized": {"mode": "weight", "window": 4, "normalize": True, "policy": fs.Permuted(fs.Flow())},
+    "half-life": {"mode": "weight", "window": 4, "temperature": fs.RunningMedian(warmup_samples=64, half_life_samples=99)},
+    "tdigest": {"mode": "weight", "window": 4, "temperature": fs.RunningMedian(warmup_samples=64, backend="tdigest")},
+    "thin": {"mode": "resample", "window": 3},
+    "systematic": {"mode": fs.Systematic(2.0), "window": 3},
+}
+
+
+def stream_of(kind: str) -> fs.FlowStream:
+    settings = {"temperature": fs.RunningMedian(warmup_samples=96)} | KINDS[kind]
+    return fs.FlowStream(batches_of(gamma_losses(16 * 21 + 5)), by_key, include=INCLUDE, cache=None, **settings)
+
+
+def take(stream: fs.FlowStream, num: int) -> list[dict[str, torch.Tensor]]:
+    """The next `num` batches, over epochs as long as it takes."""
+    out: list[dict[str, torch.Tensor]] = []
+    while len(out) < num:
+        for batch in stream:
+            out.append(batch)
+            if len(out) == num:
+                break
+    return out
+
+
+def through_a_file(state: dict[str, object]) -> dict[str, object]:
+    """Saved and loaded as a checkpoint is, without pickled code."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def assert_same(ours: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            same = one[key] == other[key] if key == "name" else torch.equal(one[key], other[key])
+            assert same, key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_stream_equals_uninterrupted_stream_at_every_stop(kind):
+    per_epoch = len(list(stream_of(kind)))
+    whole = take(stream_of(kind), per_epoch + 12)
+    for stop in range(per_epoch + 8):
+        first = stream_of(kind)
+        assert_same(take(first, stop), whole[:stop])
+        second = stream_of(kind)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        assert second.epoch == first.state_dict()["epoch"]
+        assert_same(take(second, 3), whole[stop : stop + 3])
+        third = stream_of(kind)  # a second resume is where others break
+        third.load_state_dict(through_a_file(second.state_dict()))
+        assert_same(take(third, 1), whole[stop + 3 : stop + 4])
+        assert third.metrics()["flow/samples_emitted"] == sum(len(batch["id"]) for batch in whole[: stop + 4])
+
+
+def test_a_state_is_the_consumers_position_not_the_loaders():
+    loader = Recording(batches_of(gamma_losses(400)))
+    stream = fs.FlowStream(loader, by_key, window=4, temperature=fs.FixedTemperature(1.0))
+    iterator = iter(stream)
+    taken = [next(iterator)["id"] for _ in range(3)]
+    assert loader.num_pulled > 3
+    resumed = fs.FlowStream(Recording(loader.batches), by_key, window=4, temperature=fs.FixedTemperature(1.0))
+    resumed.load_state_dict(stream.state_dict())
+    assert torch.equal(torch.cat([*taken, *(batch["id"] for batch in resumed)]), torch.arange(400))
+
+
+def test_a_state_taken_on_the_last_batch_resumes_at_the_next_epoch():
+    stream = stream_of("weight")
+    take(stream, len(stream))
+    state = stream.state_dict()
+    assert state["epoch"] == 1
+    resumed = stream_of("weight")
+    resumed.load_state_dict(state)
+    assert len(list(resumed)) == len(stream)
+
+
+def test_taking_a_state_changes_nothing():
+    plain, asked = stream_of("thin"), stream_of("thin")
+    expected, out = list(plain), []
+    for batch in asked:
+        out.append(batch)
+        asked.state_dict()
+        asked.metrics()
+    assert_same(out, expected)
+
+
+class Counting:
+    """A function of a batch that counts its calls."""
+
+    num_scored = 0
+
+    def __call__(self, batch):
+        self.num_scored += 1
+        return batch["loss"]
+
+
+def test_losses_of_the_window_in_flight_are_not_scored_again():
+    scorer = Counting()
+
+    def stream() -> fs.FlowStream:
+        temperature = fs.RunningMedian(warmup_samples=8)
+        loader = batches_of(gamma_losses(16 * 16))
+        return fs.FlowStream(loader, fs.FunctionScorer(scorer), window=8, temperature=temperature)
+
+    expected = list(stream())
+    stopped = stream()
+    take(stopped, 4)
+    scorer.num_scored = 0
+    resumed = stream()
+    resumed.load_state_dict(through_a_file(stopped.state_dict()))
+    iterator = iter(resumed)
+    assert_same([next(iterator)], expected[4:5])
+    assert scorer.num_scored == 0
+    assert_same(list(iterator), expected[5:])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"window": 8}, "window"),
+        ({"mode": "resample"}, "mode"),
+        ({"policy": fs.Probability()}, "policy"),
+        ({"temperature": fs.RunningMedian(quantile=0.4)}, "temperature"),
+        ({"normalize": True}, "normalize"),
+        ({"accumulate": 2}, "accumulate"),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused_naming_the_field(change, field):
+    settings = {"window": 4}
+    stream = fs.FlowStream(batches_of(gamma_losses(100)), by_key, **settings)
+    next(iter(stream))
+    other = fs.FlowStream(batches_of(gamma_losses(100)), by_key, **(settings | change))
+    with pytest.raises(ValueError, match=f"the state was taken with {field}=.*strict=False"):
+        other.load_state_dict(stream.state_dict())
+
+
+def test_a_state_of_another_version_or_reference_is_refused():
+    stream = fs.FlowStream(batches_of(gamma_losses(100)), by_key)
+    next(iter(stream))
+    state = stream.state_dict()
+    with pytest.raises(ValueError, match="the state has version 99"):
+        stream.load_state_dict(state | {"version": 99}, strict=False)
+    other = fs.FlowStream(batches_of(gamma_losses(100)), fs.Prescored("loss"))
+    with pytest.raises(ValueError, match="another reference"):
+        other.load_state_dict(state)
+    other.load_state_dict(state, strict=False)
+    assert len(list(other)) == 6
+
+
+def test_a_shorter_loader_is_told():
+    stream = fs.FlowStream(batches_of(gamma_losses(16 * 40)), by_key, window=4, temperature=fs.FixedTemperature(1.0))
+    take(stream, 30)
+    shorter = fs.FlowStream(batches_of(gamma_losses(16 * 9)), by_key, window=4, temperature=fs.FixedTemperature(1.0))
+    shorter.load_state_dict(stream.state_dict())
+    with pytest.raises(RuntimeError, match="resume with the loader"):
+        next(iter(shorter))
+
+
+def test_set_epoch_does_not_drop_a_loaded_state_silently():
+    stream = stream_of("weight")
+    take(stream, 25)
+    resumed = stream_of("weight")
+    resumed.load_state_dict(stream.state_dict())
+    resumed.set_epoch(1)
+    with pytest.raises(ValueError, match=r"set_epoch\(4\) would drop the loaded state"):
+        resumed.set_epoch(4)
+    assert_same(take(resumed, 1), take(stream_of("weight"), 26)[25:])
+
+
+class Interrupted:
+    """A loader in whose pull of batch `at` the user presses Ctrl-C."""
+
+    def __init__(self, batches, at: int) -> None:
+        self.batches, self.at = batches, at
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            if number == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_ctrl_c_loses_nothing_of_the_state():
+    batches = batches_of(gamma_losses(16 * 40))
+    arguments = {"window": 4, "temperature": fs.FixedTemperature(1.0)}
+    stream = fs.FlowStream(Interrupted(batches, 22), by_key, **arguments)
+    out = []
+    with pytest.raises(KeyboardInterrupt):
+        for batch in stream:
+            out.append(batch["id"])
+    assert 0 < len(out) < 22
+    resumed = fs.FlowStream(batches, by_key, **arguments)
+    resumed.load_state_dict(through_a_file(stream.state_dict()))
+    assert torch.equal(torch.cat([*out, *(batch["id"] for batch in resumed)]), torch.arange(16 * 40))
+
+
+def test_a_state_is_small():
+    stream = fs.FlowStream(batches_of(gamma_losses(40_000)), by_key, window=32)
+    take(stream, 2000)
+    buffer = io.BytesIO()
+    torch.save(stream.state_dict(), buffer)
+    assert buffer.tell() < 64 * 1024
+
+
+NEW_PROCESS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_state
+stream = test_state.stream_of(sys.argv[2])
+stream.load_state_dict(torch.load(sys.argv[3], weights_only=True))
+torch.save(test_state.take(stream, 6), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize(("kind", "stop"), [("weight", 9), ("thin", 7), ("tdigest", 13)])
+def test_a_new_process_resumes_to_the_bit(kind, stop, tmp_path, request):
+    whole = take(stream_of(kind), stop + 6)
+    stream = stream_of(kind)
+    take(stream, stop)
+    torch.save(stream.state_dict(), tmp_path / "state.pt")
+    tests = str(request.config.rootpath / "tests")
+    command = [sys.executable, "-c", NEW_PROCESS, tests, kind, str(tmp_path / "state.pt"), str(tmp_path / "out.pt")]
+    subprocess.run(command, check=True)
+    assert_same(torch.load(tmp_path / "out.pt", weights_only=True), whole[stop:])
