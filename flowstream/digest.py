@@ -29,7 +29,7 @@ class Digest:
 
     - The scale function is half uniform and half square root, `k(q) = q/2 + √(q/8)` for q ≤ ½ and its mirror image
       above. The paper's functions spend their centroids on the tails; τ is a median, and a centroid there holds .27 %
-      of the weight (.31 % under the paper's k₁, more under k₂ and k₃), while the tails still end in single values. It
+      of the weight (.31 % under the paper's k₁, more under k₂ and k₃), while the outermost still hold .003 %. It
       needs nothing but square roots, which IEEE rounds alike on every CPU: equal input gives equal bits on every rank.
     - Centroids are cut on a fixed grid of k instead of greedily, so that a compression is a sort and a `reduceat`.
     - As long as there are no more values than centroids nothing is averaged, and quantiles are numpy's (linear).

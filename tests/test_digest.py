@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import random
-import sys
 from statistics import NormalDist
 
 import numpy as np
@@ -307,34 +305,6 @@ def test_message_is_of_one_length_and_reads_the_same(size):
     for name in ("num_values", "total_weight", "minimum", "maximum", "effective_size"):
         assert getattr(read, name) == pytest.approx(getattr(digest, name), nan_ok=True)
     assert read.quantile(0.5) == digest.quantile(0.5) or size == 0
-
-
-def test_tdigest_package_reads_the_same_median_and_gives_the_centroids_back():
-    pytest.importorskip("tdigest")
-    digest = digest_of(np.round(draw("lognormal", 20_000), 3))
-    state = random.getstate()
-    package = digest.to_tdigest()
-    assert random.getstate() == state
-    assert package.percentile(50) == pytest.approx(digest.quantile(0.5), rel=1e-3)
-    back = Digest.from_tdigest(package)
-    assert back.quantile(0.5) == pytest.approx(digest.quantile(0.5), rel=1e-3)
-    assert back.num_values == digest.num_values
-    assert back.effective_size == pytest.approx(digest.effective_size)
-    assert Digest.from_tdigest(Digest().to_tdigest()).num_values == 0
-
-
-def test_missing_tdigest_package_is_named_with_its_extra(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("tdigest"):
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "tdigest", raising=False)
-    with pytest.raises(ImportError, match=r"flowstream\[tdigest\]"):
-        Digest().to_tdigest()
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -44,75 +44,52 @@ def read_answer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-_PARTS = ("bytes", "entries", "files", "items", "keys", "lines", "names", "objects", "threads", "values")
-_PLACES = ("buffer", "cache", "dict", "directory", "list", "module", "queue", "stream")
-_PEOPLE = (
-    "Amara",
-    "Bjorn",
-    "Chloe",
-    "Dmitri",
-    "Farida",
-    "Hiroshi",
-    "Ingrid",
-    "Mateo",
-    "Noor",
-    "Priya",
-    "Tomasz",
-    "Zanele",
-)
+_PARTS = ("entries", "files", "items", "keys", "lines", "names", "objects", "values")
+_PEOPLE = ("Amara", "Bjorn", "Dmitri", "Hiroshi", "Ingrid", "Mateo", "Noor", "Priya", "Tomasz", "Zanele")
 _GOODS = ("apples", "bricks", "candles", "eggs", "melons", "mugs", "pencils", "shirts", "stamps", "tiles")
 
 
 def _code(rng: random.Random) -> tuple[str, str, int]:
-    """One step between small numbers; the answer is worked as methods of a class."""
-    part, place = rng.choice(_PARTS), rng.choice(_PLACES)
-    start, change = rng.randint(2, 12), rng.randint(1, 9)
+    """One step between small numbers; the answer is worked as a method, as the standard library would write it."""
+    part = rng.choice(_PARTS)
+    start, change = rng.randint(1, 6), rng.randint(1, 3)
     adds = start <= change or rng.random() < 0.5
-    event, sign = ("are added to it", "+") if adds else ("are removed from it", "-")
+    event, sign = ("added", "+") if adds else ("removed", "-")
     answer = start + change if adds else start - change
-    question = f"A {place} has {start} {part}, then {change} {part} {event}. Return the number of {part}."
+    question = f"There are {start} {part}, then {change} {event}."
     worked = (
-        f"    def __init__(self, *args, **kwargs):\n"
-        f"        super().__init__(*args, **kwargs)\n"
-        f"        self.{part} = {start}\n"
-        f"\n"
         f"    def __len__(self):\n"
-        f'        """Return the number of {part}."""\n'
-        f"        return self.{part} {sign} {change}\n"
+        f'        """There are {start} {part}, then {change} {event}."""\n'
+        f"        return {start} {sign} {change}"
     )
     return question, worked, answer
 
 
 def _prose(rng: random.Random) -> tuple[str, str, int]:
-    """Two steps, worked in the English of docstrings."""
-    part, place = rng.choice(_PARTS), rng.choice(_PLACES)
-    start, added = rng.randint(4, 20), rng.randint(2, 9)
+    """Two steps, worked in plain English."""
+    part = rng.choice(_PARTS)
+    start, added = rng.randint(4, 12), rng.randint(2, 9)
     total = start + added
     removed = rng.randint(1, min(9, total - 1))
     answer = total - removed
-    question = (
-        f"There are {start} {part} in the {place}. If {added} are added and {removed} are removed, how many are left?"
-    )
+    question = f"There are {start} {part}. Then {added} are added, and {removed} are removed."
     worked = (
-        f"If {added} are added, the number of {part} in the {place} is {start} + {added} = {total}. "
-        f"If {removed} are removed, the result is {total} - {removed} = {answer}."
+        f"There are {start} {part}. Then {added} are added, which is {start} + {added} = {total}, "
+        f"and {removed} are removed, which is {total} - {removed} = {answer}."
     )
     return question, worked, answer
 
 
 def _steps(rng: random.Random) -> tuple[str, str, int]:
     """Three steps of school arithmetic, worked as equations."""
-    person, friend = rng.sample(_PEOPLE, 2)
+    person = rng.choice(_PEOPLE)
     goods = rng.choice(_GOODS)
     boxes, each, more = rng.randint(2, 9), rng.randint(3, 12), rng.randint(2, 30)
     product = boxes * each
     total = product + more
     given = rng.randint(1, total - 1)
     answer = total - given
-    question = (
-        f"{person} buys {boxes} boxes of {each} {goods}, finds {more} more and gives {given} to {friend}. "
-        "How many are left?"
-    )
+    question = f"{person} buys {boxes} boxes of {each} {goods}, finds {more} and loses {given}."
     worked = f"{boxes} * {each} = {product}\n{product} + {more} = {total}\n{total} - {given} = {answer}"
     return question, worked, answer
 
@@ -128,8 +105,7 @@ def _long(rng: random.Random) -> tuple[str, str, int]:
     wages = rng.randint(101, left)
     answer = earned - wages
     question = (
-        f"{person} makes {first} {goods} in May, {second} in June. {lost} break, the others sell for {price} each. "
-        f"The wages are {wages}. What is left?"
+        f"{person} makes {first} {goods} and {second} more, breaks {lost}, sells each for {price} and pays {wages}."
     )
     worked = (
         f"{first} + {second} = {grown}\n{grown} - {lost} = {left}\n"
