@@ -162,7 +162,15 @@ class Epoch:
     # -- from window to window ---------------------------------------------------------------------
 
     def _enter(self) -> None:
-        """Finish the window in the making, put it into delivery, and begin the next."""
+        """Put the next window that has something to deliver into delivery."""
+        while not self._finish_window():
+            self._reader.reraise(f" {self.number}")
+            if self._making is not None and self._making.ended:
+                self._done = True
+                raise StopIteration
+
+    def _finish_window(self) -> bool:
+        """Finish the window in the making and begin the next. True if it goes into delivery."""
         window, reader, running = self._making, self._reader, self._running
         assert window is not None
         started = time.perf_counter()
@@ -180,13 +188,12 @@ class Epoch:
         self._shape = window.shape
         self._making = self._make(window.terms.number + 1, window.next_index, window.carry)
         if not window.num_deliveries:
-            reader.reraise(f" {self.number}, window {window.terms.number}")
-            self._done = True
-            raise StopIteration
+            return False
         self._num_pulled = 0
         self._num_due = max(self._making.num_wanted + self._num_queued_wanted - reader.num_queued, 0)
         if self._progress is not None:
             self._progress.line(self.number, window.terms.number, running.metrics())
+        return True
 
     def _work_ahead(self, current: Window) -> None:
         """Do this delivery's share for the windows to come: pull, and score."""
@@ -247,7 +254,7 @@ class Epoch:
             if item is None:
                 self._reader.reraise(f" {self.number}")
                 raise RuntimeError(
-                    f"the loader ended before batch {state['next_ordinal']}, where the state resumes: resume with the "
+                    f"the loader ended before batch {state['first_ordinal']}, where the state resumes: resume with the "
                     "loader that the state was taken with"
                 )
             pulled[item.ordinal] = item.batch

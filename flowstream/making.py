@@ -108,12 +108,8 @@ class Window(Protocol):
         """How many batches the window is still to take from the queue, as far as that can be told."""
 
     @property
-    def num_taken(self) -> int:
-        """Batches that it took from the queue."""
-
-    @property
     def ended(self) -> bool:
-        """Whether it is known that the window has nothing to deliver."""
+        """Whether the epoch is over: nothing was carried into the window, and there is nothing to take."""
 
     tau: float
     """The temperature that its weights were taken at, in nats (the median one, where each batch has its own)."""
@@ -130,6 +126,8 @@ class Window(Protocol):
     """Position of the first sample after it."""
     first_ordinal: int
     """The first batch that it took from the queue."""
+    num_taken: int
+    """Batches that it took from the queue."""
     shape: Shape
     carry: Sequence[Kept]
     """What is left for the next window."""
@@ -234,6 +232,12 @@ def check_bad(losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores]
     )
 
 
+def check_stored(losses: Losses, terms: Terms) -> None:
+    """Raise `RuntimeError` where a window made again has other samples than its stored losses."""
+    if terms.stored is not None and len(terms.stored) != len(losses.loss):
+        raise _other_samples(len(terms.stored), len(losses.loss))
+
+
 def digest_of(losses: Losses, recipe: Recipe, terms: Terms) -> Digest:
     """The digest of a window's usable losses; empty where losses were not needed, and so not taken."""
     if not recipe.settings.needs_loss:
@@ -291,8 +295,12 @@ def _with_stored(scores: list[Scores], stored: Tensor, level: Level) -> list[Sco
             filled.append(replace(score, loss=stored[at : at + num]))
         at += num
     if at > len(stored):
-        raise RuntimeError(
-            f"the state holds {len(stored)} losses of its window, but the loader now delivers {at} samples there: "
-            "resume with the loader (data, batch size, shuffling seed) that the state was taken with"
-        )
+        raise _other_samples(len(stored), at)
     return filled
+
+
+def _other_samples(num_stored: int, num_found: int) -> RuntimeError:
+    return RuntimeError(
+        f"the state holds {num_stored} losses of its window, but the loader now delivers {num_found} samples there: "
+        "resume with the loader (data, batch size, shuffling seed) that the state was taken with"
+    )

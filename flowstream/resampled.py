@@ -22,6 +22,7 @@ from flowstream.making import (
     Terms,
     batch_temperatures,
     check_bad,
+    check_stored,
     digest_of,
     group_denominators,
 )
@@ -33,6 +34,10 @@ from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import flatten, sum_up, weigh
 from flowstream.window import fill_batches
+
+
+_MAX_CANDIDATES = 32
+"""Candidate batches for each delivered one, at most: a window of weights near 0 ends there, and is short."""
 
 
 class ResampledWindow:
@@ -51,6 +56,7 @@ class ResampledWindow:
         self.score_seconds = 0.0
         self.num_seen = 0
         self.num_kept = 0
+        self.num_taken = 0
         self.next_index = terms.first_index
         self.first_ordinal = reader.next_ordinal
         self.shape = terms.shape
@@ -68,6 +74,8 @@ class ResampledWindow:
         self._scores: list[Scores] = []
         self._weights: list[Tensor] = []
         self._complete = self._wanted <= 0 or terms.max_batches == 0
+        self._capped = False
+        self._taus: list[float] = []
         self._losses = flatten([], recipe.settings.level)
         self._padding = Padding()
         self._groups: list[list[Kept]] | None = None
@@ -97,11 +105,11 @@ class ResampledWindow:
 
     @property
     def ended(self) -> bool:
-        return self._groups == [] and self._reader.exhausted
-
-    @property
-    def num_taken(self) -> int:
-        return len(self._pulled)
+        if self._groups is None:
+            empty = not (self.terms.carry or self.num_taken or self._chunk)
+        else:
+            empty = not (self._groups or self.carry)
+        return empty and self._reader.exhausted
 
     @property
     def flat_losses(self) -> Tensor:
@@ -180,12 +188,12 @@ class ResampledWindow:
     @property
     def _chunk_is_full(self) -> bool:
         num = len(self._chunk)
-        if self.terms.max_batches is not None and len(self._pulled) + num >= self.terms.max_batches:
+        if self.terms.max_batches is not None and self.num_taken + num >= self.terms.max_batches:
             return True
         if math.isnan(self.tau) and self._recipe.settings.needs_loss:
             warm = sum(num_samples(item.batch) for item in self._chunk) >= self._recipe.temperature.warmup_samples
             return warm and num >= self._chunk_target
-        return num >= self._chunk_target
+        return num >= min(self._chunk_target, max(_MAX_CANDIDATES * self._recipe.size - self.num_taken, 1))
 
     def _take(self) -> bool:
         item = self._reader.take()
@@ -205,12 +213,13 @@ class ResampledWindow:
         seed = self.terms.seed(settings)
         if recipe.temperature.scope == "batch" and settings.needs_loss:
             taus = batch_temperatures(losses, recipe.temperature)
-            weight = weigh(losses, taus, settings.policy, (*seed, len(self._pulled)))
-            self.tau = statistics.median(taus)
+            weight = weigh(losses, taus, settings.policy, (*seed, self.num_taken))
+            self._taus += taus
+            self.tau = statistics.median(self._taus)
         else:
             if math.isnan(self.tau):
                 self.tau = recipe.temperature.tau(digest_of(losses, recipe, self.terms))
-            weight = weigh(losses, self.tau, settings.policy, (*seed, len(self._pulled)))
+            weight = weigh(losses, self.tau, settings.policy, (*seed, self.num_taken))
         copies = self._copies(weight)
         parts = zip(
             self._chunk, scores, weight.split(losses.sizes), np.split(copies, np.cumsum(losses.sizes)), strict=False
@@ -218,15 +227,17 @@ class ResampledWindow:
         for item, score, weights, drawn in parts:
             self._keep(item, score, weights, drawn)
         self._pulled += self._chunk
+        self.num_taken = len(self._pulled)
         self._scores += scores
         self._weights.append(weight)
         self._scoring, self._chunk = None, []
-        self._complete = (
-            isinstance(self._sampler, Systematic)
-            or self._sampler.enough(self._mass, self._wanted)
-            or (self._reader.stopped and not self._reader.num_queued)
-            or len(self._pulled) == self.terms.max_batches
-        )
+        if isinstance(self._sampler, Systematic) or self._sampler.enough(self._mass, self._wanted):
+            self._complete = True
+        elif self.num_taken >= _MAX_CANDIDATES * recipe.size:
+            self._complete = self._capped = True
+        else:
+            ended = self._reader.stopped and not self._reader.num_queued
+            self._complete = ended or self.num_taken == self.terms.max_batches
 
     def _copies(self, weight: Tensor) -> NDArray[np.int64]:
         """How often each candidate of the chunk is delivered."""
@@ -265,6 +276,7 @@ class ResampledWindow:
         check_bad(self._losses, self._pulled, self._scores, recipe, self.terms)
         self.digest = digest_of(self._losses, recipe, self.terms)
         self.sums = sum_up(self._losses, torch.cat([torch.empty(0), *self._weights]))
+        check_stored(self._losses, self.terms)
         pool = [*self.terms.carry, *self._kept]
         loaded = [*(kept.row.batch for kept in self.terms.carry), *(item.batch for item in self._pulled)]
         sources = {id(batch): batch for batch in loaded}
@@ -274,12 +286,15 @@ class ResampledWindow:
             lengths = [lengths_in[id(kept.row.batch)][kept.row.index] for kept in pool]
         else:
             lengths = [0] * len(pool)
+        rows = self.shape.num_rows
+        ready = len(pool) // rows * rows if self._capped else len(pool)  # a short batch only at the epoch's end
         groups, num_placed = fill_batches(
-            lengths, recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
+            lengths[:ready], recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
         )
         order = permutation(len(groups), seed) if self._padding.trims else range(len(groups))
         self._groups = [[pool[i] for i in groups[j]] for j in order]
         self.carry = pool[num_placed:]
         counts = [sum(kept.count for kept in group) for group in self._groups]
         self._denominators = group_denominators(counts, recipe.settings)
-        self._scores, self._weights, self._kept = [], [], []
+        # Batches of which no row was kept may go.
+        self._pulled, self._scores, self._weights, self._kept = [], [], [], []

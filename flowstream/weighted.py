@@ -17,6 +17,7 @@ from flowstream.making import (
     Terms,
     batch_temperatures,
     check_bad,
+    check_stored,
     digest_of,
     group_denominators,
 )
@@ -38,6 +39,7 @@ class WeightedWindow:
         self.score_seconds = 0.0
         self.num_seen = 0
         self.num_kept = 0
+        self.num_taken = 0
         self.next_index = terms.first_index
         self.first_ordinal = reader.next_ordinal
         self.shape = terms.shape
@@ -66,7 +68,7 @@ class WeightedWindow:
             self._scoring.step()
 
     def settle(self) -> None:
-        if not self._pulled and self._scoring is None:
+        if not self.num_taken and self._scoring is None:
             self._take()
 
     def finish(self) -> None:
@@ -84,15 +86,11 @@ class WeightedWindow:
     def num_wanted(self) -> int:
         if self._scoring is not None or self._is_full:
             return 0
-        return max(self._target - len(self._pulled), 1)
+        return max(self._target - self.num_taken, 1)
 
     @property
     def ended(self) -> bool:
-        return not self._pulled and self._reader.exhausted
-
-    @property
-    def num_taken(self) -> int:
-        return len(self._pulled)
+        return not self.num_taken and self._reader.exhausted
 
     @property
     def flat_losses(self) -> Tensor:
@@ -120,7 +118,7 @@ class WeightedWindow:
     @property
     def _is_full(self) -> bool:
         """Whether all its batches are taken: a window's, or in the warm-up as many as the first τ wants."""
-        num = len(self._pulled)
+        num = self.num_taken
         if num < self._target or self.terms.max_batches is not None or self.terms.tau is not None:
             return num >= self._target
         settings = self._recipe.settings
@@ -132,6 +130,7 @@ class WeightedWindow:
         if item is None:
             return False
         self._pulled.append(item)
+        self.num_taken += 1
         if self.terms.tau is None:
             self._num_samples += num_samples(item.batch)
             self._num_bytes += num_bytes(item.batch)
@@ -140,6 +139,7 @@ class WeightedWindow:
     def _weigh(self, scores: list[Scores]) -> None:
         recipe, settings, terms = self._recipe, self._recipe.settings, self.terms
         losses = flatten(scores, settings.level)
+        check_stored(losses, terms)
         check_bad(losses, self._pulled, scores, recipe, terms)
         self.digest = digest_of(losses, recipe, terms)
         tau = self._temperature_of(losses)
@@ -170,6 +170,7 @@ class WeightedWindow:
             self.next_index += rows
             self.num_seen += len(score.loss)
             self.num_kept += len(score.loss)
+        self._pulled = []
 
     def _temperature_of(self, losses: Losses) -> float | list[float]:
         temperature = self._recipe.temperature

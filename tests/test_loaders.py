@@ -161,6 +161,10 @@ def test_a_text_data_set_of_tar_shards_is_scored_by_a_language_model(shards, tin
     loader = wds.WebLoader(pipeline.batched(8, collation_fn=collate), batch_size=None)
     for mode in ("weight", "resample"):
         stream = fs.FlowStream(loader, fs.CausalLMScorer(tiny("llama")), mode=mode, window=4)
-        rows = [tuple(ids[mask.bool()].tolist()) for b in stream for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+        rows = [
+            tuple(ids[mask.bool()].tolist())
+            for b in stream
+            for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+        ]
         assert all(len(set(row)) == 1 for row in rows)
         assert len(rows) == NUM if mode == "weight" else 0 < len(rows) < NUM

@@ -205,6 +205,19 @@ def test_a_small_stream_delivers_what_it_draws():
     assert len(ids) == 25 * 1
 
 
+def test_a_window_without_mass_ends_and_the_next_goes_on():
+    losses = torch.cat([torch.full((16 * 300,), 300.0), torch.zeros(64)])
+    stream = fs.FlowStream(
+        batches_of(losses), by_key, mode="resample", window=2, temperature=fs.FixedTemperature(1.0), include=("index",)
+    )
+    ids = gathered(list(stream), "flow_index")
+    assert ids.tolist() == list(range(16 * 300, 16 * 300 + 64))
+    all_bad = fs.FlowStream(batches_of(torch.full((16 * 300,), float("nan"))), by_key, mode="resample", window=2)
+    with pytest.raises(ValueError, match="are NaN or infinite|have a loss that is NaN"):
+        list(all_bad)
+    assert all_bad.metrics()["flow/samples_seen"] < 16 * 300
+
+
 def test_acceptance_at_the_median_is_the_mean_weight():
     losses = gamma_losses(20_000)
     stream = fs.FlowStream(batches_of(losses), by_key, mode="resample")

@@ -231,7 +231,7 @@ def test_stopping_by_the_realised_count_would_be_biased():
     hard = 3
     excess = {}
     for by_count in (False, True):
-        runs = [thinned(weights, s, batch_size=1, wanted=2, stop_by_count=by_count) for s in range(400)]
+        runs = [thinned(weights, s, batch_size=1, wanted=2, stop_by_count=by_count) for s in range(250)]
         sums = np.stack(runs) @ g[hard]
         error = sums.std(ddof=1) / math.sqrt(len(runs))
         excess[by_count] = (sums.mean() - g[hard] @ weights) / error, sums.mean() / (g[hard] @ weights)

@@ -16,9 +16,14 @@ INCLUDE = ("tau", "index", "loss", "weight", "denominator")
 KINDS = {
     "weight": {"mode": "weight", "window": 4, "accumulate": 2},
     "normalized": {"mode": "weight", "window": 4, "normalize": True, "policy": fs.Permuted(fs.Flow())},
-    "half-life": {"mode": "weight", "window": 4, "temperature": fs.RunningMedian(warmup_samples=64, half_life_samples=99)},
+    "half-life": {
+        "mode": "weight",
+        "window": 4,
+        "temperature": fs.RunningMedian(warmup_samples=64, half_life_samples=99),
+    },
     "tdigest": {"mode": "weight", "window": 4, "temperature": fs.RunningMedian(warmup_samples=64, backend="tdigest")},
     "thin": {"mode": "resample", "window": 3},
+    "mostly rejected": {"mode": fs.Thin(0.02), "window": 1},
     "systematic": {"mode": fs.Systematic(2.0), "window": 3},
 }
 

@@ -115,14 +115,22 @@ def test_packed_rows_give_each_document_its_own_weight(tiny):
     packed = {
         "input_ids": torch.stack([torch.cat(documents[:2]), torch.cat([*documents[2:], documents[3][:3]])]),
         "position_ids": torch.stack(
-            [torch.cat([torch.arange(5), torch.arange(9)]), torch.cat([torch.arange(7), torch.arange(4), torch.arange(3)])]
+            [
+                torch.cat([torch.arange(5), torch.arange(9)]),
+                torch.cat([torch.arange(7), torch.arange(4), torch.arange(3)]),
+            ]
         ),
     }
-    alone = [F.cross_entropy(model(input_ids=d[None]).logits[0, :-1], d[1:]).item() for d in [*documents, documents[3][:3]]]
+    alone = [
+        F.cross_entropy(model(input_ids=d[None]).logits[0, :-1], d[1:]).item() for d in [*documents, documents[3][:3]]
+    ]
     scorer = fs.CausalLMScorer(model)
     (batch,) = fs.FlowStream([packed], scorer, temperature=fs.FixedTemperature(2.0))
     expected = torch.tensor([np.exp(-loss / 2.0) for loss in alone], dtype=torch.float32)
-    rows = [expected[:2].repeat_interleave(torch.tensor([5, 9])), expected[2:].repeat_interleave(torch.tensor([7, 4, 3]))]
+    rows = [
+        expected[:2].repeat_interleave(torch.tensor([5, 9])),
+        expected[2:].repeat_interleave(torch.tensor([7, 4, 3])),
+    ]
     torch.testing.assert_close(batch["flow_weight"], torch.stack(rows), rtol=0, atol=1e-5)
 
 
@@ -256,9 +264,7 @@ def test_an_undeclared_field_is_refused_with_the_remedy():
 
 def test_a_pair_leaves_the_batch_untouched():
     given_batch = Pair(X, Y)
-    stream = fs.FlowStream(
-        [given_batch], fs.FunctionScorer(lambda batch: batch.y), temperature=FIXED, attach="pair"
-    )
+    stream = fs.FlowStream([given_batch], fs.FunctionScorer(lambda batch: batch.y), temperature=FIXED, attach="pair")
     ((batch, weight),) = stream
     assert batch is given_batch
     torch.testing.assert_close(weight, WEIGHT)
@@ -371,7 +377,10 @@ def test_a_window_is_scored_by_three_quarters_of_the_one_before():
         return batch["loss"]
 
     stream = fs.FlowStream(
-        Batches(batches_of(gamma_losses(16 * 64))), fs.FunctionScorer(score), window=8, temperature=fs.FixedTemperature(1.0)
+        Batches(batches_of(gamma_losses(16 * 64))),
+        fs.FunctionScorer(score),
+        window=8,
+        temperature=fs.FixedTemperature(1.0),
     )
     for number, _ in enumerate(stream):
         if number % 8 == 5 and number < 48:  # after the sixth of eight
@@ -463,7 +472,9 @@ def test_too_many_losses_that_are_not_finite_raise_and_name_the_samples():
     bad = with_losses(batches_of(gamma_losses(64)), dict.fromkeys((16, 17, 18, 19), float("nan")))
     bad[1]["__key__"] = [f"shard-000/{i}" for i in range(16)]
     stream = fs.FlowStream(bad, by_key)
-    with pytest.raises(ValueError, match=r"4 of 64 samples of window 0 .*batch 1: row 0 \(shard-000/0\).*max_bad_fraction"):
+    with pytest.raises(
+        ValueError, match=r"4 of 64 samples of window 0 .*batch 1: row 0 \(shard-000/0\).*max_bad_fraction"
+    ):
         list(stream)
     assert len(list(fs.FlowStream(bad, by_key, max_bad_fraction=0.1))) == 4
 
@@ -540,7 +551,10 @@ class FaultyIterator:
 @pytest.mark.parametrize("at", [0, 1, 21, 60])
 def test_a_loaders_error_comes_after_the_batches_before_it_and_the_stream_goes_on(at):
     stream = fs.FlowStream(
-        Faulty(batches_of(gamma_losses(16 * 60)), at), by_key, window=8, temperature=fs.RunningMedian(warmup_samples=128)
+        Faulty(batches_of(gamma_losses(16 * 60)), at),
+        by_key,
+        window=8,
+        temperature=fs.RunningMedian(warmup_samples=128),
     )
     iterator, out = iter(stream), []
     with pytest.raises(OSError, match="the disk is gone") as caught:

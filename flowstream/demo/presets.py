@@ -26,7 +26,6 @@ QUICK = Settings(
 )
 
 
-
 def adapted(settings: Settings, steps: int | None, learning_rates: Sequence[float]) -> Settings:
     """A preset with the user's own steps and learning rates, where given."""
     return replace(

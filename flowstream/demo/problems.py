@@ -20,20 +20,30 @@ class Problem:
 
 
 def make_problems(num_problems: int, seed: int, exclude: Sequence[Problem] = ()) -> list[Problem]:
-    """Distinct problems, levels in turn, then shuffled; none asks what one of `exclude` asks."""
+    """Distinct problems, levels in turn, then shuffled; none asks what one of `exclude` asks.
+
+    Raises ValueError where there are not as many.
+    """
     rng = random.Random(seed)
     asked = {problem.question for problem in exclude}
     names = list(LEVELS)
     problems: list[Problem] = []
+    num_refused = 0
     while len(problems) < num_problems:
+        if num_refused > 50 * num_problems:
+            raise ValueError(
+                f"there are not {num_problems} distinct problems beside {len(exclude)} others; ask for fewer"
+            )
         level = names[len(problems) % len(names)]
         question, worked, answer = LEVELS[level](rng)
-        if question not in asked:
-            asked.add(question)
-            key = f"{seed:04d}-{len(problems):06d}"
-            problems.append(
-                Problem(key=key, level=level, question=question, worked=f"{worked}\nAnswer: {answer}", answer=answer)
-            )
+        if question in asked:
+            num_refused += 1
+            continue
+        asked.add(question)
+        key = f"{seed:04d}-{len(problems):06d}"
+        problems.append(
+            Problem(key=key, level=level, question=question, worked=f"{worked}\nAnswer: {answer}", answer=answer)
+        )
     rng.shuffle(problems)
     return problems
 
@@ -44,23 +54,37 @@ def read_answer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-_PARTS = ("entries", "files", "items", "keys", "lines", "names", "objects", "values")
+_PARTS = (
+    "bytes",
+    "entries",
+    "errors",
+    "files",
+    "items",
+    "keys",
+    "lines",
+    "names",
+    "objects",
+    "tests",
+    "threads",
+    "values",
+)
+_PLACES = ("buffer", "cache", "dict", "directory", "list", "module", "queue", "stream")
 _PEOPLE = ("Amara", "Bjorn", "Dmitri", "Hiroshi", "Ingrid", "Mateo", "Noor", "Priya", "Tomasz", "Zanele")
 _GOODS = ("apples", "bricks", "candles", "eggs", "melons", "mugs", "pencils", "shirts", "stamps", "tiles")
 
 
 def _code(rng: random.Random) -> tuple[str, str, int]:
     """One step between small numbers; the answer is worked as a method, as the standard library would write it."""
-    part = rng.choice(_PARTS)
-    start, change = rng.randint(1, 6), rng.randint(1, 3)
+    person, place = rng.choice(_PEOPLE), rng.choice(_PLACES)
+    start, change = rng.randint(1, 5), rng.randint(1, 3)
     adds = start <= change or rng.random() < 0.5
-    event, sign = ("added", "+") if adds else ("removed", "-")
+    event, sign = ("adds", "+") if adds else ("removes", "-")
     answer = start + change if adds else start - change
-    question = f"There are {start} {part}, then {change} {event}."
+    question = f"The {place} has {start} items. {person} {event} {change}."
     worked = (
         f"    def __len__(self):\n"
-        f'        """There are {start} {part}, then {change} {event}."""\n'
-        f"        return {start} {sign} {change}"
+        f'        """Return the number of items."""\n'
+        f"        return {start} {sign} {change}\n"
     )
     return question, worked, answer
 
