@@ -63,7 +63,7 @@ def throughput(rounds: int, num_batches: int) -> None:
         ours = seconds_a_batch(weighted(loader))
         ratios.append(bare / ours)
         print(
-            f"  bare {bare * 1e3:.2f} ms a batch, with flowstream {ours * 1e3:.2f} ms: {bare / ours:.3f} of the throughput"
+            f"  bare {bare * 1e3:.2f} ms a batch, flowstream {ours * 1e3:.2f} ms: {bare / ours:.3f} of the throughput"
         )
     print(
         f"throughput over 2 workers at 5 ms a batch: {statistics.median(ratios):.3f} of the bare loader's (target 0.95)"

@@ -116,7 +116,7 @@ class Epoch:
                 raise StopIteration
             first = reader.peek()
             size = window_size(self._settings, num_samples(first), num_bytes(first))
-            self._shape = Shape(num_rows(first))
+            self._shape = Shape(max(num_rows(first), 1))
         else:
             size, self._shape = state["size"], Shape(**state["shape"])
             reader.resume(state["source"], state["oldest_ordinal"])

@@ -35,7 +35,6 @@ from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import flatten, sum_up, weigh
 from flowstream.window import fill_batches
 
-
 _MAX_CANDIDATES = 32
 """Candidate batches for each delivered one, at most: a window of weights near 0 ends there, and is short."""
 

@@ -123,7 +123,7 @@ def test_a_batch_in_resample_mode_gains_nothing():
 
 
 def padded_batches(side: str, num: int = 30):
-    """Rows of 3 to 20 tokens that spell their own id, padded to the batch's longest with 90, which also occurs inside."""
+    """Rows of 3 to 20 tokens, their own number each, padded to their batch's longest with 90, which occurs inside too."""
     generator = torch.Generator().manual_seed(0)
     batches, at = [], 0
     for _ in range(num):
@@ -136,7 +136,7 @@ def padded_batches(side: str, num: int = 30):
             for key, values, fill in (
                 ("input_ids", ids, 90),
                 ("attention_mask", [1] * length, 0),
-                ("labels", [-100] + ids[1:], -100),
+                ("labels", [-100, *ids[1:]], -100),
             ):
                 rows[key].append(values + [fill] * pad if side == "right" else [fill] * pad + values)
         batch = {key: torch.tensor(value) for key, value in rows.items()}

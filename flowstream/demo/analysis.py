@@ -1,5 +1,6 @@
 """One seed's verdict: points chosen on validation, measured on the test split, held against standard's curve."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,11 @@ class Judged:
     """Budget → method → its point; None where no point fits the budget."""
     curve_gain: dict[str, float]
     """Method → gain over the whole validation curve."""
+
+    def gain(self, budget: str, method: str) -> float:
+        """A method's gain; NaN where it has none."""
+        choice = self.choices[budget][method]
+        return choice.gain if choice is not None else math.nan
 
 
 def judge(

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flowstream.demo.experiment import SeedOutcome
-from flowstream.demo.feeds import BASELINE, METHODS
+from flowstream.demo.feeds import BASELINE, CONTROL, METHODS
 from flowstream.demo.preparation import Prepared
 from flowstream.demo.problems import LEVELS
 from flowstream.demo.results import Figure, MethodResult, Results, RunResult, Temperature
@@ -72,6 +72,10 @@ def _method(method: str, outcomes: Sequence[SeedOutcome], runs: Sequence[RunResu
         equal_steps=figures["equal_steps"],
         equal_flops=figures["equal_flops"],
         curve_gain=tuple(outcome.judged.curve_gain[method] for outcome in outcomes),
+        over_permuted=tuple(
+            outcome.judged.gain("equal_steps", method) - outcome.judged.gain("equal_steps", CONTROL)
+            for outcome in outcomes
+        ),
         flops_ratio=flops / baseline,
         score_share=scoring,
         num_samples=statistics.fmean(run.num_samples for run in own),

@@ -1,7 +1,9 @@
 """The runs: pre-train once, then fine-tune by every method, at every learning rate, for every seed."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -35,13 +37,14 @@ class Settings:
     """Bound on the pre-training text."""
     num_problems: int = 2048
     num_shards: int = 8
-    num_validation: int = 96
+    num_validation: int = 64
     num_test: int = 256
-    num_text_chunks: int = 48
+    num_text_chunks: int = 40
     """Chunks of held-out text on the validation split; twice as many on the test split."""
-    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    learning_rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4)
+    """Every method runs at each of them; standard fine-tuning also half-way between, so that its curve is dense."""
     batch: int = 8
-    steps: int = 128
+    steps: int = 96
     measured_at: tuple[float, ...] = (0.125, 0.25, 0.5, 0.7, 1.0)
     """Shares of the steps after which a run is measured; .5 and .7 are near what resampling and weighting can afford
     of standard's FLOPs."""
@@ -52,6 +55,12 @@ class Settings:
     """Test problems whose answers are decoded for the answer accuracy."""
     max_processes: int = 8
     """Seeds run side by side, one process each, as far as cores reach."""
+
+    def runs(self) -> Iterator[tuple[float, str]]:
+        """Learning rate and method of every run of a seed, in order."""
+        rates = sorted(self.learning_rates)
+        yield from product(rates, METHODS)
+        yield from ((math.sqrt(low * high), BASELINE) for low, high in pairwise(rates))
 
     @property
     def measured_steps(self) -> frozenset[int]:
@@ -137,23 +146,22 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
         offline=score_offline(reference, task.loader(encoder, seed), len(task.problems)),
     )
     runs: dict[tuple[str, float], Run] = {}
-    for learning_rate in settings.learning_rates:
-        for method in METHODS:
-            subset = None
-            if method == "subsampled":
-                num_kept = runs["resampled", learning_rate].num_samples
-                subset = uniform_subset(len(task.problems), num_kept, seed)
-            with kitchen.feed(method, subset) as feed:
-                runs[method, learning_rate] = finetune(
-                    task.checkpoint,
-                    feed,
-                    learning_rate=learning_rate,
-                    steps=settings.steps,
-                    measured_at=settings.measured_steps,
-                    measure=splits["validation"].measure,
-                    trace_every=settings.window,
-                )
-            report(f"seed {seed}: {METHODS[method]}, {learning_rate:g}")
+    for learning_rate, method in settings.runs():
+        subset = None
+        if method == "subsampled":
+            num_kept = runs["resampled", learning_rate].num_samples
+            subset = uniform_subset(len(task.problems), num_kept, seed)
+        with kitchen.feed(method, subset) as feed:
+            runs[method, learning_rate] = finetune(
+                task.checkpoint,
+                feed,
+                learning_rate=learning_rate,
+                steps=settings.steps,
+                measured_at=settings.measured_steps,
+                measure=splits["validation"].measure,
+                trace_every=settings.window,
+            )
+        report(f"seed {seed}: {METHODS[method]}, {learning_rate:.2g}")
 
     def restore(place: Place) -> LlamaForCausalLM:
         method, learning_rate, step = place
@@ -178,7 +186,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
         losses=tuple(offline.loss.tolist()),
         runs=tuple(results),
         judged=judged,
-        windows=runs["weighted", settings.learning_rates[0]].windows,
+        windows=runs["weighted", min(settings.learning_rates)].windows,
         samples=_samples(task, offline, restore((BASELINE, chosen.learning_rate, chosen.step)), encoder),
     )
 

@@ -26,6 +26,8 @@ METHODS = {
 """Name → how a reader knows it. The resampler goes before the subsample, which takes its count from it."""
 
 BASELINE = "standard"
+CONTROL = "permuted"
+"""The same weights on other samples: what it gains as well is not owed to which samples are weighted."""
 
 Batches = Iterable[dict[str, Tensor]]
 

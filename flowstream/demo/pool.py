@@ -1,5 +1,6 @@
 """Seeds side by side: one process each, with its share of the cores. Small models gain little from a second thread."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -27,13 +28,9 @@ def run_seeds(task: Task, seeds: Sequence[int], report: Report) -> list[SeedOutc
         num_workers, context, _start_worker, (messages, max(1, num_cores() // num_workers))
     ) as pool:
         outcomes = [pool.submit(_run, task, seed) for seed in seeds]
-        while wait(outcomes, timeout=0).not_done:
-            if any(outcome.done() and outcome.exception() for outcome in outcomes):
-                pool.shutdown(cancel_futures=True)
-            try:
+        while wait(outcomes, timeout=0).not_done or not messages.empty():
+            with contextlib.suppress(queue.Empty):
                 report(messages.get(timeout=_POLL_SECONDS))
-            except queue.Empty:
-                continue
         return [outcome.result() for outcome in outcomes]
 
 

@@ -82,9 +82,7 @@ def _code(rng: random.Random) -> tuple[str, str, int]:
     answer = start + change if adds else start - change
     question = f"The {place} has {start} items. {person} {event} {change}."
     worked = (
-        f"    def __len__(self):\n"
-        f'        """Return the number of items."""\n'
-        f"        return {start} {sign} {change}\n"
+        f'    def __len__(self):\n        """Return the number of items."""\n        return {start} {sign} {change}\n'
     )
     return question, worked, answer
 

@@ -44,10 +44,12 @@ def _table(results: Results) -> Iterable[str]:
         "text is than on standard fine-tuning's curve at the <i>same</i> target loss, in nats a token: mean ± standard "
         "deviation over seeds, positive retains more. Learning rate and step are chosen on validation (lowest target "
         "plus retained loss) and valued on the test split, and so are the points of the curve. “Outside” counts seeds "
-        "whose target lies beyond the curve: nothing is extrapolated. The other columns are the test split's, at "
-        "equal steps: <b>exact match</b> is the whole worked answer, token for token; <b>right answer</b> the final "
-        "number of the decoded one; <b>FLOPs</b> a whole run over standard's, scoring included. Before fine-tuning, "
-        f"the target loss was {before['target_loss']:.3f} and the retained loss {before['retained_loss']:.3f}.</p>"
+        "whose target lies beyond the curve: nothing is extrapolated. <b>less permuted</b>: the gain at equal steps "
+        "less that of the permuted weights, seed by seed: what it is worth <i>which</i> samples have weight. The other "
+        "columns are the test split's, at equal steps: <b>exact match</b> is the whole worked answer, token for token; "
+        "<b>right answer</b> the final number of the decoded one; <b>FLOPs</b> a whole run over standard's, scoring "
+        f"included. Before fine-tuning, the target loss was {before['target_loss']:.3f} and the retained loss "
+        f"{before['retained_loss']:.3f}.</p>"
     )
     yield figures.gain_figure(results)
     yield (

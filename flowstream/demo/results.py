@@ -103,6 +103,9 @@ class MethodResult:
     equal_flops: Figure
     curve_gain: tuple[float, ...]
     """By seed: gain over the whole validation curve, averaged over the target losses that both reach."""
+    over_permuted: tuple[float, ...]
+    """By seed, at equal steps: gain less that of the permuted weights. What is left is owed to *which* samples have
+    weight, not to smaller or uneven steps, nor to the straight lines of the curve; NaN where either is outside."""
     flops_ratio: float
     """FLOPs of a whole run over standard's."""
     score_share: float

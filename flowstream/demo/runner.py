@@ -14,14 +14,13 @@ from rich.table import Table
 
 from flowstream.demo.collection import collect
 from flowstream.demo.experiment import Settings
-from flowstream.demo.feeds import METHODS
 from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
 from flowstream.demo.report import write_report
 from flowstream.demo.results import Results
 from flowstream.demo.summary import spread_of_weights, summary_rows, verdict
 
-_NUM_COLUMNS = 6
+_NUM_COLUMNS = 4
 """Of the report's table, as many as a terminal has room for."""
 
 
@@ -41,7 +40,7 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
         bar = progress.add_task("pre-training", total=settings.model.steps)
         with _timed(seconds, "pre-training"):
             prepared = prepare(settings, out, lambda step: progress.update(bar, completed=step + 1))
-        num_runs = len(seeds) * len(METHODS) * len(settings.learning_rates)
+        num_runs = len(seeds) * len(list(settings.runs()))
         bar = progress.add_task("fine-tuning", total=num_runs)
 
         def finished(what: str) -> None:
@@ -60,9 +59,13 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
 
 def _summarise(results: Results, console: Console) -> None:
     head, rows = summary_rows(results)
-    table = Table(title="Retained above standard's curve at equal target (test split, nats a token)", box=box.SIMPLE)
+    table = Table(
+        title="Retained above standard's curve at equal target (test split, nats a token)",
+        box=box.SIMPLE,
+        padding=(0, 1),
+    )
     for number, name in enumerate(head[:_NUM_COLUMNS]):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number < 3)
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row[:_NUM_COLUMNS])
     console.print(table)

@@ -2,8 +2,9 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
-from flowstream.demo.feeds import BASELINE, METHODS
+from flowstream.demo.feeds import BASELINE, CONTROL, METHODS
 from flowstream.demo.results import Figure, Results
 
 _UNIFORM_ESS = 0.97
@@ -28,12 +29,13 @@ def summary_rows(results: Results) -> tuple[list[str], list[list[str]]]:
             [
                 result.title,
                 _gain(result.equal_steps, method),
+                _spread(result.over_permuted) if method not in (BASELINE, CONTROL) else "",
                 _gain(result.equal_flops, method),
                 *(f"{mean:.3f}" for mean in means),
                 f"{result.flops_ratio:.2f}×",
             ]
         )
-    return ["method", "equal steps", "equal FLOPs", *measured, "FLOPs"], rows
+    return ["method", "equal steps", "less permuted", "equal FLOPs", *measured, "FLOPs"], rows
 
 
 def verdict(results: Results) -> str:
@@ -49,10 +51,15 @@ def verdict(results: Results) -> str:
         for method, figure in inside.items()
         if not figure.num_outside and min(choice.gain for choice in figure.choices) > 0
     ]
+    informed = "; ".join(
+        f"{METHODS[method]} {_spread(results.methods[method].over_permuted)}"
+        for method in ("exact", "weighted", "resampled")
+    )
     return (
         f"At equal steps and equal target loss, the mean gain in retained loss over standard fine-tuning runs from "
         f"{inside[worst].mean:+.4f} nats a token ({METHODS[worst]}) to {inside[best].mean:+.4f} ({METHODS[best]}). "
-        f"Above standard's curve on every seed: {'; '.join(above) or 'none'}."
+        f"Above standard's curve on every seed: {'; '.join(above) or 'none'}. "
+        f"Less what the permuted weights gain: {informed}."
     )
 
 
@@ -69,8 +76,14 @@ def _gain(figure: Figure, method: str) -> str:
         return "the curve"
     if not figure.choices:
         return "over budget"
-    if not math.isfinite(figure.mean):
+    return _spread([choice.gain for choice in figure.choices])
+
+
+def _spread(gains: Sequence[float]) -> str:
+    """Mean ± standard deviation of those that are numbers, and how many are not."""
+    inside = [gain for gain in gains if math.isfinite(gain)]
+    if not inside:
         return "outside"
-    spread = f" ± {figure.spread:.4f}" if math.isfinite(figure.spread) else ""
-    outside = f" ({figure.num_outside} outside)" if figure.num_outside else ""
-    return f"{figure.mean:+.4f}{spread}{outside}"
+    spread = f"±{statistics.stdev(inside):.4f}" if len(inside) > 1 else ""
+    outside = f" ({len(gains) - len(inside)} outside)" if len(inside) < len(gains) else ""
+    return f"{statistics.fmean(inside):+.4f}{spread}{outside}"
