@@ -94,7 +94,7 @@ class Epoch:
         """The consumer's position within the epoch; `None` before the first batch."""
         if self._current is None:
             return None
-        return {**self._anchor, "delivered": self._position, "num_emitted": self._running.num_emitted}
+        return {**self._anchor, "delivered": self._position}
 
     def close(self) -> None:
         """Let go of everything that is held. The epoch is over."""
@@ -130,7 +130,6 @@ class Epoch:
         self._enter()
         assert self._current is not None
         self._position = self._first_position = state["delivered"]
-        self._running.num_emitted = state["num_emitted"]
         self.num_delivered = state["delivered"]
         self._resume = None
 
@@ -224,7 +223,6 @@ class Epoch:
         carry = window.terms.carry
         oldest = min([kept.ordinal for kept in carry], default=window.first_ordinal)
         return {
-            "epoch": self.number,
             "window": window.terms.number,
             "size": self._recipe.size,
             "shape": {"num_rows": self._shape.num_rows, "area": self._shape.area},

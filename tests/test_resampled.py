@@ -123,7 +123,7 @@ def test_a_batch_in_resample_mode_gains_nothing():
 
 
 def padded_batches(side: str, num: int = 30):
-    """Rows of 3 to 20 tokens, their own number each, padded to their batch's longest with 90, which occurs inside too."""
+    """Rows of 3 to 20 tokens, their number each, padded to their batch's longest with 90, which occurs inside too."""
     generator = torch.Generator().manual_seed(0)
     batches, at = [], 0
     for _ in range(num):

@@ -700,3 +700,19 @@ def test_a_dataclass_is_rebuilt_not_changed():
     item = Item(X, Y)
     (out,) = fs.FlowStream([item], fs.FunctionScorer(lambda b: b.y), temperature=FIXED)
     assert replace(out, flow_weight=None) == item or out.x is item.x
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["weight", "resample"])
+def test_on_a_gpu_batches_stay_where_they_are_and_weights_are_those_of_the_cpu(tiny, mode):
+    batches = language_batches(24)
+    on_gpu = [{key: value.cuda() for key, value in batch.items()} for batch in batches]
+    settings = {"mode": mode, "temperature": fs.FixedTemperature(5.0), "include": ("weight", "index"), "cache": None}
+    expected = list(fs.FlowStream(batches, fs.CausalLMScorer(tiny("llama")), **settings))
+    for loader, device in ((batches, "cpu"), (on_gpu, "cuda")):
+        out = list(fs.FlowStream(loader, fs.CausalLMScorer(tiny("llama").cuda()), **settings))
+        for ours, theirs in zip(out, expected, strict=True):
+            assert {value.device.type for value in ours.values()} == {device}
+            assert torch.equal(ours["flow_index"].cpu(), theirs["flow_index"])
+            torch.testing.assert_close(ours["flow_weight"].cpu(), theirs["flow_weight"], rtol=0, atol=1e-4)
