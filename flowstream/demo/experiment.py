@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import flowstream as fs
 from flowstream.demo.analysis import Judged, Place, judge
 from flowstream.demo.evaluation import EvaluationSplit, decode_answers
-from flowstream.demo.feeds import BASELINE, METHODS, Kitchen, uniform_subset
+from flowstream.demo.feeds import BASELINE, METHODS, Feeds, uniform_subset
 from flowstream.demo.offline import OfflineFlow, score_offline
 from flowstream.demo.pretraining import ModelSize
 from flowstream.demo.problems import Problem
@@ -134,7 +134,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
     splits = task.splits(encoder)
     reference = task.model().eval()
     num_parameters = sum(parameter.numel() for parameter in reference.parameters())
-    kitchen = Kitchen(
+    feeds = Feeds(
         shards=task.shards,
         encoder=encoder,
         lengths=[len(encoder.encode(problem.question, problem.worked).ids) for problem in task.problems],
@@ -151,7 +151,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
         if method == "subsampled":
             num_kept = runs["resampled", learning_rate].num_samples
             subset = uniform_subset(len(task.problems), num_kept, seed)
-        with kitchen.feed(method, subset) as feed:
+        with feeds.open(method, subset) as feed:
             runs[method, learning_rate] = finetune(
                 task.checkpoint,
                 feed,
@@ -175,7 +175,7 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
         lambda place: splits["test"].measure(restore(place)),
         lambda place: splits["test"].answer_accuracy(restore(place), settings.num_decoded),
     )
-    offline, chosen = kitchen.offline, judged.choices["equal_steps"][BASELINE]
+    offline, chosen = feeds.offline, judged.choices["equal_steps"][BASELINE]
     assert chosen is not None  # every point of a run fits its own steps
     return SeedOutcome(
         seed=seed,

@@ -81,7 +81,7 @@ class Feed(AbstractContextManager["Feed"]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kitchen:
+class Feeds:
     """Where the feeds of one seed come from: the same shards, the same order, the same scorer for every method."""
 
     shards: tuple[Path, ...]
@@ -96,7 +96,7 @@ class Kitchen:
     warmup_samples: int
     offline: OfflineFlow
 
-    def feed(self, method: str, subset: frozenset[int] | None = None) -> Feed:
+    def open(self, method: str, subset: frozenset[int] | None = None) -> Feed:
         """What `method` trains on; `subset` are the problems that a uniform subsample keeps."""
         loader = open_shards(self.shards, self.encoder, batch=self.batch, seed=self.seed, only=subset)
         match method:

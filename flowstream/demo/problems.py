@@ -74,7 +74,7 @@ _GOODS = ("apples", "bricks", "candles", "eggs", "melons", "mugs", "pencils", "s
 
 
 def _code(rng: random.Random) -> tuple[str, str, int]:
-    """One step between small numbers; the answer is worked as a method, as the standard library would write it."""
+    """One step between small numbers; the answer is worked in the idiom of a constructor."""
     person, place = rng.choice(_PEOPLE), rng.choice(_PLACES)
     start, change = rng.randint(1, 5), rng.randint(1, 3)
     adds = start <= change or rng.random() < 0.5
@@ -82,13 +82,15 @@ def _code(rng: random.Random) -> tuple[str, str, int]:
     answer = start + change if adds else start - change
     question = f"The {place} has {start} items. {person} {event} {change}."
     worked = (
-        f'    def __len__(self):\n        """Return the number of items."""\n        return {start} {sign} {change}\n'
+        f"    def __init__(self, *args, **kwargs):\n"
+        f"        super().__init__(*args, **kwargs)\n"
+        f"        self.items = {start} {sign} {change}\n"
     )
     return question, worked, answer
 
 
-def _prose(rng: random.Random) -> tuple[str, str, int]:
-    """Two steps, worked in plain English."""
+def _docstring(rng: random.Random) -> tuple[str, str, int]:
+    """Two steps, worked in the English of docstrings."""
     part = rng.choice(_PARTS)
     start, added = rng.randint(4, 12), rng.randint(2, 9)
     total = start + added
@@ -96,8 +98,10 @@ def _prose(rng: random.Random) -> tuple[str, str, int]:
     answer = total - removed
     question = f"There are {start} {part}. Then {added} are added, and {removed} are removed."
     worked = (
-        f"There are {start} {part}. Then {added} are added, which is {start} + {added} = {total}, "
-        f"and {removed} are removed, which is {total} - {removed} = {answer}."
+        f'    """Return the number of {part} in the list.\n\n'
+        f"    If {added} are added, this is {start} + {added} = {total}. "
+        f"If {removed} are removed, return {total} - {removed} = {answer}.\n"
+        f'    """'
     )
     return question, worked, answer
 
@@ -138,7 +142,7 @@ def _long(rng: random.Random) -> tuple[str, str, int]:
 
 LEVELS: dict[str, Callable[[random.Random], tuple[str, str, int]]] = {
     "code": _code,
-    "prose": _prose,
+    "docstring": _docstring,
     "steps": _steps,
     "long": _long,
 }

@@ -43,7 +43,7 @@ def _table(results: Results) -> Iterable[str]:
         "<p><b>equal steps</b>, <b>equal FLOPs</b>: the gain, that is how much lower the loss on held-out pre-training "
         "text is than on standard fine-tuning's curve at the <i>same</i> target loss, in nats a token: mean ± standard "
         "deviation over seeds, positive retains more. Learning rate and step are chosen on validation (lowest target "
-        "plus retained loss) and valued on the test split, and so are the points of the curve. “Outside” counts seeds "
+        "plus retained loss) and valued on the test split, and so are the points of the curve. “Out” counts seeds "
         "whose target lies beyond the curve: nothing is extrapolated. <b>less permuted</b>: the gain at equal steps "
         "less that of the permuted weights, seed by seed: what it is worth <i>which</i> samples have weight. The other "
         "columns are the test split's, at equal steps: <b>exact match</b> is the whole worked answer, token for token; "
@@ -100,7 +100,7 @@ def _losses(results: Results) -> Iterable[str]:
     yield narrow(figures.loss_figure(results))
     yield (
         "<p>The loss of every fine-tuning problem under the frozen model, by level, and FLOW's weight at that loss. "
-        "Answers worked as Python are near to the pre-training text; long arithmetic is far from it.</p>"
+        "Answers worked in idiomatic Python are nearest to the pre-training text, bare arithmetic is farthest.</p>"
     )
 
 
@@ -122,7 +122,7 @@ def _costs(results: Results) -> Iterable[str]:
                 str(max((point.step for point in points if point.flops <= allowance), default="none")),
             ]
         )
-    head = ["FLOPs", "of it scoring", "distinct problems", "acceptance", "seconds", "of it scoring", "affordable step"]
+    head = ["FLOPs", "for scoring", "problems", "accepted", "seconds", "for scoring", "steps afforded"]
     yield "<h2>What it costs</h2>"
     yield table(["a whole run of", *head], rows)
     yield (

@@ -85,5 +85,5 @@ def _spread(gains: Sequence[float]) -> str:
     if not inside:
         return "outside"
     spread = f"±{statistics.stdev(inside):.4f}" if len(inside) > 1 else ""
-    outside = f" ({len(gains) - len(inside)} outside)" if len(inside) < len(gains) else ""
+    outside = f" ({len(gains) - len(inside)} out)" if len(inside) < len(gains) else ""
     return f"{statistics.fmean(inside):+.4f}{spread}{outside}"

@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def of_level(problems: list[Problem], level: str) -> list[Problem]:
     return [problem for problem in problems if problem.level == level]
 
 
-@pytest.mark.parametrize("level", ["prose", "steps", "long"])
+@pytest.mark.parametrize("level", ["docstring", "steps", "long"])
 def test_every_equation_holds_and_the_last_gives_the_answer(problems: list[Problem], level: str) -> None:
     for problem in of_level(problems, level):
         equations = EQUATION.findall(problem.worked)
@@ -30,7 +31,7 @@ def test_every_equation_holds_and_the_last_gives_the_answer(problems: list[Probl
         assert int(equations[-1][-1]) == problem.answer == read_answer(problem.worked)
 
 
-@pytest.mark.parametrize("level", ["prose", "steps", "long"])
+@pytest.mark.parametrize("level", ["docstring", "steps", "long"])
 def test_every_number_of_the_question_is_used_once_and_results_are_carried_on(
     problems: list[Problem], level: str
 ) -> None:
@@ -45,9 +46,9 @@ def test_every_number_of_the_question_is_used_once_and_results_are_carried_on(
 def test_worked_classes_run_and_give_the_answer(problems: list[Problem]) -> None:
     for problem in of_level(problems, "code"):
         methods, _, _ = problem.worked.partition("\nAnswer:")
-        scope: dict[str, type] = {}
+        scope: dict[str, Any] = {}
         exec(f"class Worked:\n{methods}", scope)
-        assert len(scope["Worked"]()) == problem.answer == read_answer(problem.worked) > 0
+        assert scope["Worked"]().items == problem.answer == read_answer(problem.worked) > 0
 
 
 def test_levels_come_in_equal_parts(problems: list[Problem]) -> None:

@@ -1,0 +1,98 @@
+"""The examples, run as a user runs them: a process each, warnings as errors, no network."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("image_classifier", "plain_pytorch", "resampling", "webdataset_llm")
+
+
+def run(name: str, *arguments: str, folder: Path) -> tuple[str, str]:
+    """What the example printed to stdout and stderr, run in `folder`, which is where temporary files go, too."""
+    environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py"), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, found.groups())) for found in re.finditer(pattern, text)]
+
+
+def test_every_example_is_short_and_says_how_to_run_it():
+    files = sorted((ROOT / "examples").glob("*.py"))
+    assert [file.stem for file in files] == list(NAMES)
+    for file in files:
+        lines = file.read_text("utf-8").splitlines()
+        assert len(lines) < 60, file.name
+        assert lines[0].startswith('"""'), file.name
+        assert lines[2].startswith(f"python examples/{file.name}"), file.name
+
+
+def test_plain_loop_learns_and_goes_on_from_its_checkpoint(tmp_path):
+    pattern = r"(\d+) samples, loss ([\d.]+) → ([\d.]+)"
+    halves = [run("plain_pytorch", "--steps", "8", "--checkpoint", "half.pt", folder=tmp_path)[0] for _ in range(2)]
+    ((num_samples, start, middle),), ((total, _, end),) = (numbers(pattern, printed) for printed in halves)
+    assert num_samples == 8 * 4 * 4
+    assert total == 2 * num_samples
+    assert end < middle < start
+
+    run("plain_pytorch", "--steps", "16", folder=tmp_path)
+    resumed, uninterrupted = (torch.load(tmp_path / file) for file in ("half.pt", "checkpoint.pt"))
+    torch.testing.assert_close(resumed["model"], uninterrupted["model"])
+    assert resumed["stream"]["num_emitted"] == uninterrupted["stream"]["num_emitted"]
+
+
+def test_webdataset_pipeline_writes_its_shards_and_learns(tmp_path):
+    printed, _ = run("webdataset_llm", folder=tmp_path)
+    shards = sorted(map(str, tmp_path.glob("*/part-*.tar")))
+    assert len(shards) >= 2  # one for each worker
+    samples = list(wds.WebDataset(shards, shardshuffle=False).decode())
+    assert all(set(sample["json"]) == {"prompt", "answer"} for sample in samples)
+    (first,), (second,) = numbers(r"epoch \d: loss ([\d.]+)", printed)
+    assert second < first
+    metrics = {name: float(value) for name, value in re.findall(r"(flow/\w+) (\S+)", printed)}
+    assert metrics["flow/samples_emitted"] == pytest.approx(2 * len(samples), rel=0.01)  # printed to three digits
+    assert metrics["flow/cache_hit_rate"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_webdataset_pipeline_takes_the_shards_of_a_user(tmp_path):
+    for number in range(2):
+        with wds.ShardWriter(str(tmp_path / f"mine-{number}-%d.tar"), verbose=0) as writer:
+            for row in range(20):
+                sample = {"prompt": f"{row} + {number} = ", "answer": f"{row + number}"}
+                writer.write({"__key__": f"{number}-{row}", "json": json.dumps(sample)})
+    printed, _ = run("webdataset_llm", "--shards", str(tmp_path / "mine-{0..1}-0.tar"), folder=tmp_path)
+    assert "flow/samples_emitted 80\n" in printed
+
+
+def test_classifier_learns_the_new_images_and_forgets_old_ones(tmp_path):
+    printed, told = run("image_classifier", folder=tmp_path)
+    assert told == ""
+    rows = re.findall(r"^(\S+) +upright ([\d.]+) +lying ([\d.]+)$", printed, re.MULTILINE)
+    upright = {name: float(value) for name, value, _ in rows}
+    lying = {name: float(value) for name, _, value in rows}
+    assert list(upright) == ["pre-trained", "plain", "FLOW"]
+    assert upright["pre-trained"] > 0.8
+    assert min(lying["plain"], lying["FLOW"]) > 0.8 > lying["pre-trained"]
+    assert max(upright["plain"], upright["FLOW"]) < upright["pre-trained"]
+
+
+def test_resampling_leaves_the_loop_as_it_is_and_takes_the_accepted_share_of_steps(tmp_path):
+    printed, _ = run("resampling", folder=tmp_path)
+    pretrained, loader, stream = numbers(r"(\d+) steps, loss ([\d.]+) → ([\d.]+)", printed)
+    for _, first, last in (pretrained, loader, stream):
+        assert last < first
+    ((kept,),) = numbers(r"(\d+)% of the samples", printed)
+    assert stream[0] == pytest.approx(loader[0] * kept / 100, abs=1.5)
