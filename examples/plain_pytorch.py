@@ -41,7 +41,7 @@ def collate(rows):
 loader = DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows, 1, 0), collate_fn=collate)
 scorer = fs.CausalLMScorer(model)  # a frozen copy, taken before the checkpoint is loaded
 stream = fs.FlowStream(loader, scorer, accumulate=4, include=("denominator",))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if args.model else 1e-3)
 parts = {"model": model, "optimizer": optimizer, "stream": stream}
 if args.checkpoint.exists():
     for name, state in torch.load(args.checkpoint).items():

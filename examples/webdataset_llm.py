@@ -45,7 +45,7 @@ shards = parser.parse_args().shards or write_shards(tempfile.mkdtemp())
 model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2))
 stage = fs.stage(fs.CausalLMScorer(model))
 dataset = wds.WebDataset(shards, shardshuffle=100).decode().map(tokenize).shuffle(200).batched(8, collation_fn=collate)
-loader = wds.WebLoader(dataset, batch_size=None, num_workers=2).compose(stage)
+loader = wds.WebLoader(dataset, batch_size=None, num_workers=1).compose(stage)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for epoch in range(2):
     losses = []

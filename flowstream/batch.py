@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 Key = str | int
@@ -188,6 +189,21 @@ def num_samples(batch: Any) -> int:
 def num_bytes(batch: Any) -> int:
     """Bytes of a batch's tensors and arrays."""
     return sum(leaf.nbytes for _, leaf in leaves(batch) if is_array(leaf))
+
+
+def content_hash(batch: Any, key: str | None = None) -> str:
+    """A hash of what a batch holds on the CPU, or of its field `key` alone. Equal batches have equal hashes."""
+    digest = xxhash.xxh3_64()
+    for path, leaf in leaves(fields(batch)[key] if key is not None else batch):
+        digest.update(repr(path).encode())
+        if isinstance(leaf, Tensor):
+            if leaf.is_cpu and not leaf.is_sparse:
+                digest.update(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        elif isinstance(leaf, list | tuple) and all(isinstance(entry, str | bytes | int | float) for entry in leaf):
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def check_rows(batch: Any, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
-from flowstream.batch import num_bytes, num_rows, num_samples
+from flowstream.batch import content_hash, num_bytes, num_rows, num_samples
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
+from flowstream.numerics import own_numerics
 from flowstream.progress import Progress
 from flowstream.recollate import Row
 from flowstream.resampled import ResampledWindow
@@ -21,11 +23,17 @@ from flowstream.settings import Settings, window_size
 from flowstream.source import ReadAhead
 from flowstream.weighted import WeightedWindow
 
+_logger = logging.getLogger("flowstream")
+
 _SCORED_BY = 0.75
 """The share of a window's delivery at which the next one is scored: what is left hides the ranks' agreement."""
 
 _TYPICAL_WEIGHT = 0.4
 """Mean weight at τ = median on common loss laws (.37-.43), until the stream has its own."""
+
+
+class EpochEnd(Exception):
+    """The epoch is over. Not `StopIteration`, which any function of the user's might raise by mistake."""
 
 
 class Epoch:
@@ -65,9 +73,9 @@ class Epoch:
         self._entered_at = math.nan
 
     def next(self) -> Any:
-        """The next batch. `StopIteration` at the end; what the loader raises, after the batches that came before it."""
+        """The next batch. `EpochEnd` at the end; what the loader raises, after the batches that came before it."""
         if self._done:
-            raise StopIteration
+            raise EpochEnd
         if self._making is None:
             self._start()
         if self._current is None or self._position >= self._current.num_deliveries:
@@ -90,49 +98,92 @@ class Epoch:
         at_end = self._current is not None and self._position >= self._current.num_deliveries
         return at_end and self._making is not None and self._making.ended
 
+    @property
+    def pending(self) -> Mapping[str, Any] | None:
+        """The position that is still to be resumed: a resume that failed or was interrupted begins anew."""
+        return self._resume
+
+    @property
+    def where(self) -> str:
+        """The place, in words for an error."""
+        window = "" if self._making is None else f", window {self._making.terms.number}"
+        return f"epoch {self.number}{window}"
+
     def state_dict(self) -> dict[str, Any] | None:
         """The consumer's position within the epoch; `None` before the first batch."""
+        if self._resume is not None:
+            return dict(self._resume)
         if self._current is None:
             return None
         return {**self._anchor, "delivered": self._position}
 
     def close(self) -> None:
         """Let go of everything that is held. The epoch is over."""
+        self._end()
+        self._reader.close()
+
+    def _end(self) -> None:
         self._done = True
         self._making = self._current = None
-        self._reader.close()
+        if self._progress is not None:
+            self._progress.close()
 
     # -- beginning ---------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        state, reader, running = self._resume, self._reader, self._running
-        if state is None:
-            if not self._started:
-                reader.start()
-                self._started = True
-            if not reader.pull():
-                reader.reraise(f" {self.number}")
-                self._done = True
-                raise StopIteration
-            first = reader.peek()
-            size = window_size(self._settings, num_samples(first), num_bytes(first))
-            self._shape = Shape(max(num_rows(first), 1))
-        else:
-            size, self._shape = state["size"], Shape(**state["shape"])
-            reader.resume(state["source"], state["oldest_ordinal"])
-        reader.snapshot_every = size
-        self._recipe = Recipe(self._settings, self._scorer, self._cache, running.temperature, size)
-        if state is None:
-            self._making = self._make(0, 0)
+        """Begin the epoch, or go to the position to be resumed."""
+        if self._resume is not None:
+            self._go_to(self._resume)
             return
+        reader = self._reader
+        if not self._started:
+            reader.start()
+            self._started = True
+        if not reader.pull():
+            reader.reraise(self.where)
+            self._end()
+            raise EpochEnd
+        first = reader.peek()
+        self._shape = Shape(max(num_rows(first), 1))
+        self._set_size(window_size(self._settings, num_samples(first), num_bytes(first)))
+        self._making = self._make(0, 0)
+
+    def _go_to(self, state: Mapping[str, Any]) -> None:
+        """Make the window in flight again. Until that is done the position stays to be resumed."""
+        reader = self._reader
+        self._shape = Shape(**state["shape"])
+        reader.resume(state["source"], state["oldest_ordinal"])
+        self._set_size(state["size"])
         carry = self._restore_carry(state)
-        self._making = self._make(state["window"], state["first_index"], carry, state["num_taken"], state["losses"])
-        self._enter()
-        assert self._current is not None
-        self._position = self._first_position = state["delivered"]
+        while reader.num_queued < state["num_taken"]:
+            if not reader.pull():
+                reader.reraise(self.where, at_once=True)
+                raise self._too_short(state)
+        stored = state["losses"]
+        if state["num_taken"] and content_hash(reader.peek(), self._settings.cache_key) != state["content"]:
+            _logger.warning(
+                "the resumed loader delivers another batch %d than before (unseeded shuffling, or random augmentation "
+                "without cache_key): its losses are taken anew, and samples may be repeated or left out",
+                reader.next_ordinal,
+            )
+            stored = None
+        making = self._make(state["window"], state["first_index"], carry, state["num_taken"], stored)
+        if not self._finish_window(making, state["delivered"]):
+            raise self._too_short(state)
         self.num_delivered = state["delivered"]
         self._resume = None
 
+    def _too_short(self, state: Mapping[str, Any]) -> RuntimeError:
+        return RuntimeError(
+            f"the loader ended at batch {self._reader.next_ordinal + self._reader.num_queued}, but the state resumes "
+            f"at batch {state['first_ordinal']} with {state['num_taken']}: resume with the loader that it was taken with"
+        )
+
+    def _set_size(self, size: int) -> None:
+        self._reader.snapshot_every = size
+        self._recipe = Recipe(self._settings, self._scorer, self._cache, self._running.temperature, size)
+
+    @own_numerics()
     def _make(
         self,
         number: int,
@@ -162,16 +213,16 @@ class Epoch:
 
     def _enter(self) -> None:
         """Put the next window that has something to deliver into delivery."""
-        while not self._finish_window():
-            self._reader.reraise(f" {self.number}")
-            if self._making is not None and self._making.ended:
-                self._done = True
-                raise StopIteration
+        assert self._making is not None
+        while not self._finish_window(self._making):
+            self._reader.reraise(self.where)
+            if self._making.ended:
+                self._end()
+                raise EpochEnd
 
-    def _finish_window(self) -> bool:
-        """Finish the window in the making and begin the next. True if it goes into delivery."""
-        window, reader, running = self._making, self._reader, self._running
-        assert window is not None
+    def _finish_window(self, window: Window, position: int = 0) -> bool:
+        """Finish the window in the making and begin the next. True if it goes into delivery, from `position` on."""
+        reader, running = self._reader, self._running
         started = time.perf_counter()
         if self._progress is not None and window.terms.number == 0:
             self._progress.first_window(window, reader)
@@ -182,7 +233,7 @@ class Epoch:
         running.window_seconds, self._entered_at = now - self._entered_at, now
         if window.num_deliveries:
             self._anchor = self._describe(window)
-            self._current, self._position, self._first_position = window, 0, 0
+            self._current, self._position, self._first_position = window, position, position
         running.absorb(window)
         self._shape = window.shape
         self._making = self._make(window.terms.number + 1, window.next_index, window.carry)
@@ -197,7 +248,7 @@ class Epoch:
     def _work_ahead(self, current: Window) -> None:
         """Do this delivery's share for the windows to come: pull, and score."""
         assert self._making is not None
-        share = (self._position + 1 - self._first_position) / (current.num_deliveries - self._first_position)
+        share = (self._position + 1 - self._first_position) / max(current.num_deliveries - self._first_position, 1)
         started = self._reader.seconds
         while self._num_pulled < math.ceil(self._num_due * share) and self._reader.pull():
             self._num_pulled += 1
@@ -217,6 +268,7 @@ class Epoch:
 
     # -- state -------------------------------------------------------------------------------------
 
+    @own_numerics()
     def _describe(self, window: Window) -> dict[str, Any]:
         """The window that goes into delivery, as a state holds it: before it, nothing of it is absorbed."""
         assert self._recipe is not None
@@ -231,6 +283,7 @@ class Epoch:
             "first_ordinal": window.first_ordinal,
             "first_index": window.terms.first_index,
             "num_taken": window.num_taken,
+            "content": window.content,
             "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32),
             "carry": {
                 "ordinal": torch.tensor([kept.ordinal for kept in carry], dtype=torch.int64),
@@ -250,11 +303,8 @@ class Epoch:
         while self._reader.next_ordinal < state["first_ordinal"]:
             item = self._reader.take()
             if item is None:
-                self._reader.reraise(f" {self.number}")
-                raise RuntimeError(
-                    f"the loader ended before batch {state['first_ordinal']}, where the state resumes: resume with the "
-                    "loader that the state was taken with"
-                )
+                self._reader.reraise(self.where)
+                raise self._too_short(state)
             pulled[item.ordinal] = item.batch
         return tuple(
             Kept(Row(pulled[ordinal], row), ordinal, index, loss, weight, count)

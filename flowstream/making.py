@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flowstream.batch import attach, fields, is_array, num_rows
+from flowstream.batch import attach, content_hash, device_of, fields, is_array, num_rows
 from flowstream.digest import Digest
 from flowstream.metrics import WeightSums
+from flowstream.numerics import own_numerics
 from flowstream.recollate import Row, width_of
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost, Level, Scorer, Scores
@@ -104,6 +105,10 @@ class Window(Protocol):
         """Do all that is left. What the window brings is known only then."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether it waits for batches before it can go on."""
+
+    @property
     def num_wanted(self) -> int:
         """How many batches the window is still to take from the queue, as far as that can be told."""
 
@@ -132,6 +137,9 @@ class Window(Protocol):
     carry: Sequence[Kept]
     """What is left for the next window."""
 
+    content: str
+    """A hash of the first batch that it took: a resumed loader must deliver it again."""
+
     @property
     def flat_losses(self) -> Tensor:
         """[N] losses of all that was scored, in the stream's order, as stored: a state holds them."""
@@ -149,6 +157,7 @@ class Window(Protocol):
 class Scoring:
     """The scoring of some batches under way: a share at a time, timed, spared where losses are stored."""
 
+    @own_numerics()
     def __init__(self, recipe: Recipe, pulled: Sequence[Pulled], stored: Tensor | None = None) -> None:
         settings = recipe.settings
         started = time.perf_counter()
@@ -175,12 +184,14 @@ class Scoring:
         """The share of the micro-batches that is enqueued."""
         return 1 - self._job.num_steps / max(self._num_steps, self._job.num_steps)
 
+    @own_numerics()
     def step(self) -> None:
         """Enqueue one micro-batch."""
         started = time.perf_counter()
         self._job.step()
         self.seconds += time.perf_counter() - started
 
+    @own_numerics()
     def finish(self) -> tuple[list[Scores], Cost]:
         """The scores of the batches in their order, and what they cost."""
         started = time.perf_counter()
@@ -200,11 +211,15 @@ class Delivery:
     extras: Mapping[str, Tensor]
 
     def complete(self, settings: Settings) -> Any:
-        """The batch as `attach` says."""
-        if settings.attach == "pair":
-            return (self.batch, self.weight, dict(self.extras)) if self.extras else (self.batch, self.weight)
-        weight = {} if self.weight is None else {"flow_weight": self.weight}
-        return attach(self.batch, {**weight, **self.extras})
+        """The batch as `attach` says, with tensors of its own on the labels' device."""
+        device = device_of(self.batch)
+        named = {} if self.weight is None else {"flow_weight": self.weight}
+        # Copies: what was cut from a window's tensor would share its storage, and its version, with other batches.
+        own = {name: value.to(device, copy=True) for name, value in {**named, **self.extras}.items()}
+        if settings.attach == "key":
+            return attach(self.batch, own)
+        weight = own.pop("flow_weight")
+        return (self.batch, weight, own) if own else (self.batch, weight)
 
 
 def check_bad(losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores], recipe: Recipe, terms: Terms) -> None:
@@ -230,6 +245,11 @@ def check_bad(losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores]
         f"under the reference: {'; '.join(named)}. More than max_bad_fraction={recipe.settings.max_bad_fraction}: look "
         "at these samples, score in bf16 or fp32 in place of fp16, or raise max_bad_fraction"
     )
+
+
+def content_of(pulled: Sequence[Pulled], settings: Settings) -> str:
+    """The hash of a window's first batch, or of its `cache_key` alone where augmentation changes the rest."""
+    return content_hash(pulled[0].batch, settings.cache_key) if pulled else ""
 
 
 def check_stored(losses: Losses, terms: Terms) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.errors import LiveError
-from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
@@ -20,18 +20,19 @@ _Show = Callable[[str, float, float], None]
 
 
 class Progress:
-    """Writes to the terminal through rich. Where another rich display is live, it stays silent."""
+    """Writes to the terminal through rich: a bar only while `next()` makes the first window wait, then plain lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._live: Live | None = None
+        self._is_line_open = False
+        self._next_at = 0.0
 
     def first_window(self, window: Window, reader: ReadAhead) -> None:
         """Pull and score the first window under a bar: before the first step the stream would look hung."""
         with self._bar("flowstream: pulling the first window") as advance:
-            while (wanted := window.num_wanted) and reader.pull():
+            while window.gathers and reader.pull():
                 window.advance(1e-9)
-                advance("flowstream: pulling the first window", reader.next_ordinal, reader.next_ordinal + wanted)
+                advance("flowstream: pulling the first window", reader.next_ordinal, reader.next_ordinal + 1)
             for percent in range(100):
                 window.advance(percent / 100)
                 advance("flowstream: scoring the first window", percent, 100)
@@ -46,19 +47,18 @@ class Progress:
         )
         if not math.isnan(metrics["flow/window_seconds"]):
             text += f", {metrics['flow/window_seconds']:.1f} s a window"
-        if self._live is None:
-            live = Live(console=self._console, refresh_per_second=4, transient=False)
-            try:
-                live.start()
-            except LiveError:
-                return
-            self._live = live
-        self._live.update(Text(text, style="cyan"))
+        if self._console.is_terminal:
+            self._console.print(Text(text, style="cyan"), end="\r", overflow="ellipsis", no_wrap=True, crop=True)
+            self._is_line_open = True
+        elif time.monotonic() >= self._next_at:  # in a log every line stays
+            self._next_at = time.monotonic() + 30
+            self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """Leave the line, at the end of an epoch."""
+        if self._is_line_open:
+            self._console.print()
+            self._is_line_open = False
 
     @contextlib.contextmanager
     def _bar(self, title: str) -> Iterator[_Show]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowstream.batch import check_rows, num_samples
+from flowstream.batch import check_rows, num_bytes, num_samples
 from flowstream.digest import Digest
 from flowstream.making import (
     Delivery,
@@ -23,10 +23,12 @@ from flowstream.making import (
     batch_temperatures,
     check_bad,
     check_stored,
+    content_of,
     digest_of,
     group_denominators,
 )
 from flowstream.metrics import WeightSums
+from flowstream.numerics import own_numerics
 from flowstream.randomness import permutation, uniform
 from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
 from flowstream.samplers import Systematic, Thin, chunk_size
@@ -56,6 +58,7 @@ class ResampledWindow:
         self.num_seen = 0
         self.num_kept = 0
         self.num_taken = 0
+        self.content = ""
         self.next_index = terms.first_index
         self.first_ordinal = reader.next_ordinal
         self.shape = terms.shape
@@ -67,6 +70,8 @@ class ResampledWindow:
         self._mass = 0.0
         self._u = uniform(terms.seed(recipe.settings))
         self._chunk: list[Pulled] = []
+        self._num_samples = 0
+        self._num_bytes = 0
         self._scoring: Scoring | None = None
         self._kept: list[Kept] = []
         self._pulled: list[Pulled] = []
@@ -93,6 +98,10 @@ class ResampledWindow:
             self._go_on(force=True)
         if self._groups is None:
             self._fill()
+
+    @property
+    def gathers(self) -> bool:
+        return self._scoring is None and not self._complete and not self._chunk_is_full
 
     @property
     def num_wanted(self) -> int:
@@ -122,6 +131,7 @@ class ResampledWindow:
         assert self._groups is not None
         return len(self._groups[position])
 
+    @own_numerics()
     def deliver(self, position: int) -> Any:
         assert self._groups is not None
         settings, group = self._recipe.settings, self._groups[position]
@@ -190,17 +200,21 @@ class ResampledWindow:
         if self.terms.max_batches is not None and self.num_taken + num >= self.terms.max_batches:
             return True
         if math.isnan(self.tau) and self._recipe.settings.needs_loss:
-            warm = sum(num_samples(item.batch) for item in self._chunk) >= self._recipe.temperature.warmup_samples
-            return warm and num >= self._chunk_target
+            warm = self._num_samples >= self._recipe.temperature.warmup_samples and num >= self._chunk_target
+            return warm or self._num_bytes >= self._recipe.settings.max_window_bytes
         return num >= min(self._chunk_target, max(_MAX_CANDIDATES * self._recipe.size - self.num_taken, 1))
 
     def _take(self) -> bool:
         item = self._reader.take()
         if item is not None:
             self._chunk.append(item)
+            if math.isnan(self.tau):
+                self._num_samples += num_samples(item.batch)
+                self._num_bytes += num_bytes(item.batch)
             self.shape = self.shape.grown(item.batch)
         return item is not None
 
+    @own_numerics()
     def _draw(self) -> None:
         """Take the chunk's scores, weigh and draw."""
         assert self._scoring is not None
@@ -261,21 +275,23 @@ class ResampledWindow:
                 self.next_index + i,
                 float(score.loss[i]),
                 float(weights[i]),
-                int(score.count[i]),
+                int((score.count if score.row_targets is None else score.row_targets)[i]),
             )
             self._kept += [kept] * int(copies[i])
         self.num_kept += int((copies > 0).sum())
         self.next_index += rows
         self.num_seen += rows
 
+    @own_numerics()
     def _fill(self) -> None:
         """Fill the window's batches; what they do not hold is carried over."""
         recipe, seed = self._recipe, self.terms.seed(self._recipe.settings)
         self._losses = flatten(self._scores, recipe.settings.level)
+        check_stored(self._losses, self.terms)
         check_bad(self._losses, self._pulled, self._scores, recipe, self.terms)
+        self.content = content_of(self._pulled, recipe.settings)
         self.digest = digest_of(self._losses, recipe, self.terms)
         self.sums = sum_up(self._losses, torch.cat([torch.empty(0), *self._weights]))
-        check_stored(self._losses, self.terms)
         pool = [*self.terms.carry, *self._kept]
         loaded = [*(kept.row.batch for kept in self.terms.carry), *(item.batch for item in self._pulled)]
         sources = {id(batch): batch for batch in loaded}
@@ -290,6 +306,11 @@ class ResampledWindow:
         groups, num_placed = fill_batches(
             lengths[:ready], recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
         )
+        if self._capped and len(groups) % recipe.settings.accumulate:  # a step's batches come from one window
+            whole = len(groups) - len(groups) % recipe.settings.accumulate
+            groups, num_placed = fill_batches(
+                lengths[:ready], whole, self.shape.num_rows, self.shape.area, self._padding.multiple
+            )
         order = permutation(len(groups), seed) if self._padding.trims else range(len(groups))
         self._groups = [[pool[i] for i in groups[j]] for j in order]
         self.carry = pool[num_placed:]

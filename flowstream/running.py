@@ -37,7 +37,7 @@ class Running:
 
     def absorb(self, window: Window) -> None:
         """Take over what a finished window brings, as it goes into delivery."""
-        self.tau = window.tau
+        self.tau = window.tau if self._settings.needs_loss else math.nan
         self.temperature.update(window.digest, window.num_seen)
         self.sums += window.sums
         self.num_seen += window.num_seen
@@ -86,8 +86,14 @@ class Running:
             "num_kept": self.num_kept,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.temperature.load_state_dict(state["temperature"])
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Go on from `state`. With `strict=False` a τ of another kind begins anew, and is told."""
+        try:
+            self.temperature.load_state_dict(state["temperature"])
+        except ValueError as error:
+            if strict:
+                raise
+            _logger.warning("τ begins anew, from the losses to come: %s", error)
         self.sums = WeightSums.from_state_dict(state["sums"])
         self.num_seen = state["num_seen"]
         self.num_kept = state["num_kept"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ class Source(Protocol):
     def snapshot(self) -> dict[str, Any]:
         """Where the loader stands after the batches pulled so far: plain values that no later pull changes."""
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Begin an epoch at that place."""
+    def restore(self, snapshot: dict[str, Any], passed: Sequence[int] = ()) -> None:
+        """Begin an epoch at that place. `passed`: before which batches the loader raised, and was asked to go on."""
 
     def close(self) -> None: ...
 
@@ -53,16 +53,23 @@ class ReplaySource:
     def snapshot(self) -> dict[str, Any]:
         return {"num_batches": self._num_pulled}
 
-    def restore(self, snapshot: dict[str, Any]) -> None:
+    def restore(self, snapshot: dict[str, Any], passed: Sequence[int] = ()) -> None:
         self.start()
-        for num in range(snapshot["num_batches"]):
+        rest = list(passed)
+        while self._num_pulled < snapshot["num_batches"]:
             try:
                 self.pull()
             except StopIteration:
                 raise RuntimeError(
-                    f"the loader ended after {num} batches, but the state was taken after {snapshot['num_batches']}: "
-                    "resume with the loader (data, batch size, shuffling seed) that the state was taken with"
+                    f"the loader ended after {self._num_pulled} batches, but the state was taken after "
+                    f"{snapshot['num_batches']}: resume with the loader (data, batch size, shuffling seed) that the "
+                    "state was taken with"
                 ) from None
+            except Exception as error:
+                if self._num_pulled not in rest:
+                    error.add_note(f"raised by the loader at batch {self._num_pulled}, which is replayed for a resume")
+                    raise
+                rest.remove(self._num_pulled)
 
     def close(self) -> None:
         self._iterator = None
@@ -88,6 +95,7 @@ class ReadAhead:
         self._snapshots: deque[tuple[int, dict[str, Any]]] = deque()
         self._num_pulled = 0
         self._error: Exception | None = None
+        self._passed: list[int] = []
         self._ended = False
         self.snapshot_every = 1
         """Batches between two snapshots of the loader: a window's."""
@@ -102,10 +110,15 @@ class ReadAhead:
     def resume(self, state: dict[str, Any], ordinal: int) -> None:
         """Go to the batch `ordinal` of an epoch by a `state_for` some batch at or before it."""
         self._clear(state["ordinal"])
-        self._source.restore(state["snapshot"])
+        self._passed = list(state["passed"])
+        self._source.restore(state["snapshot"], [at for at in self._passed if at <= state["ordinal"]])
+        rest = [at for at in self._passed if at > state["ordinal"]]
         while self._num_pulled < ordinal:
             if self.pull():
                 self._queue.clear()
+            elif self._error is not None and self._num_pulled in rest:
+                self._error = None  # it was raised before, and passed over
+                rest.remove(self._num_pulled)
             else:
                 self.reraise()
                 raise RuntimeError(
@@ -163,11 +176,15 @@ class ReadAhead:
         """Whether the epoch has ended and nothing is queued."""
         return self._ended and not self._queue
 
-    def reraise(self, where: str = "") -> None:
-        """Raise the loader's error, if one waits behind an empty queue. The next pull then goes on where it can."""
-        if self._error is not None and not self._queue:
+    def reraise(self, where: str = "", *, at_once: bool = False) -> None:
+        """Raise the loader's error, if one waits behind an empty queue. The next pull then goes on where it can.
+
+        `at_once`: do not wait for the batches that came before it.
+        """
+        if self._error is not None and (at_once or not self._queue):
             error, self._error = self._error, None
-            error.add_note(f"raised by the loader at batch {self._num_pulled} of the epoch{where}")
+            self._passed.append(self._num_pulled)
+            error.add_note(f"raised by the loader at batch {self._num_pulled} of {where or 'the epoch'}")
             raise error
 
     def state_for(self, ordinal: int) -> dict[str, Any]:
@@ -175,9 +192,9 @@ class ReadAhead:
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= ordinal:
             self._snapshots.popleft()
         if not self._snapshots:
-            return {"ordinal": self._num_pulled, "snapshot": self._source.snapshot()}
+            return {"ordinal": self._num_pulled, "snapshot": self._source.snapshot(), "passed": list(self._passed)}
         at, snapshot = self._snapshots[0]
-        return {"ordinal": at, "snapshot": snapshot}
+        return {"ordinal": at, "snapshot": snapshot, "passed": [before for before in self._passed if before <= ordinal]}
 
     def close(self) -> None:
         self._clear(0)
@@ -188,4 +205,5 @@ class ReadAhead:
         self._snapshots.clear()
         self._num_pulled = ordinal
         self._error = None
+        self._passed = []
         self._ended = False

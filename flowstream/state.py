@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 VERSION = 1
+_FIELDS = ("version", "settings", "reference", "scorer", "epoch", "position", "running", "num_emitted")
 
 
 def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, Any], epoch: int) -> dict[str, Any]:
@@ -24,6 +28,9 @@ def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str,
 
     With `strict=False` only the version counts.
     """
+    missing = [name for name in _FIELDS if name not in state]
+    if missing and "version" in state:
+        raise ValueError(f"the state has no {missing[0]!r}: it is not what FlowStream.state_dict() gave")
     version = state.get("version")
     if version != VERSION:
         raise ValueError(
@@ -44,3 +51,14 @@ def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str,
             f"the state was taken with another reference ({state['reference']}) than this stream's ({reference}): "
             "score with the model that the run began with, or load_state_dict(state, strict=False) if that is meant"
         )
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of a state, with its tensors on the CPU, wherever `torch.load(map_location=…)` has put them."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: on_cpu(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(on_cpu, value))
+    return copy.deepcopy(value)

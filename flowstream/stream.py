@@ -12,7 +12,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flowstream import state as states
-from flowstream.epoch import Epoch
+from flowstream.epoch import Epoch, EpochEnd
 from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
 from flowstream.recollate import Recollate
@@ -179,13 +179,23 @@ class FlowStream(IterableDataset[Any]):
                     f"set_epoch({epoch}) would drop the loaded state, which resumes in epoch {self._loaded['epoch']}: "
                     "call it before load_state_dict, or not at all"
                 )
-        else:
+        elif epoch != self._epoch or self._active is not None:
+            if self._is_one_pass and self._active is not None and not self._active.finished:
+                raise ValueError(
+                    f"set_epoch({epoch}) would drop what was read ahead of an iterator, which cannot be read again: "
+                    "give the stream a loader that can be iterated over again"
+                )
             self._end_active()
             self._epoch = epoch
         self._forward_epoch()
 
     def close(self) -> None:
-        """Let go of the loader's iterator and all that is queued. The stream cannot be iterated over afterwards."""
+        """Let go of the loader's iterator and all that is queued. The stream cannot be iterated over afterwards.
+
+        Its state can still be taken.
+        """
+        if not self._closed:
+            self._loaded = self.state_dict()
         self._end_active()
         self._reader.close()
         if self._progress is not None:
@@ -205,15 +215,15 @@ class FlowStream(IterableDataset[Any]):
         self._owner = iterator
         if self._closed:
             raise RuntimeError("the stream is closed: build a new one")
-        active = self._active
-        if active is not None and not active.finished:
-            # What has delivered nothing is taken over; and a loader that is an iterator has no other epoch.
-            goes_on = not active.num_delivered or isinstance(self._loader, Iterator)
-            if goes_on:
-                return active
-        state, self._loaded = self._loaded, None
-        if active is not None:
-            self._epoch += 1
+        active, position = self._active, None
+        if active is not None and self._is_one_pass and not active.finished:
+            return active  # a loader that is an iterator has no other epoch
+        if self._loaded is not None:
+            position, self._loaded = self._loaded["position"], None
+        elif active is not None:
+            position = active.pending
+            if position is None and (active.num_delivered or active.finished):
+                self._epoch += 1
             self._end_active()
         if self._epoch != self._forwarded_epoch:
             self._forward_epoch()
@@ -225,7 +235,7 @@ class FlowStream(IterableDataset[Any]):
             self._reader,
             self._epoch,
             self._progress,
-            None if state is None else state["position"],
+            position,
         )
         return self._active
 
@@ -271,25 +281,36 @@ class FlowStream(IterableDataset[Any]):
             scorer=self._scorer.state_dict(),
             epoch=self._epoch + 1 if finished else self._epoch,
         )
-        running = self._running.state_dict() if position is None else position.pop("running")
+        running = position.pop("running", None) if position is not None else None
+        running = self._running.state_dict() if running is None else running
         return header | {"position": position, "running": running, "num_emitted": self._running.num_emitted}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Let the next `iter()` go on where `state` was taken.
 
         Raises:
-            ValueError: a state of another version, or, unless `strict=False`, of another configuration or reference.
-                The message names the field.
+            ValueError: a state of another version, or, unless `strict=False`, of another configuration or reference;
+                the message names the field, and the stream stays what it was.
         """
         states.check(state, self._settings.described(), self._fingerprint(), strict=strict)
-        self._end_active()
-        loaded = copy.deepcopy(dict(state))
-        self._running = Running(self._settings)
-        self._running.load_state_dict(loaded["running"])
-        self._running.num_emitted = loaded["num_emitted"]
+        if self._is_one_pass and self._active is not None:
+            raise ValueError(
+                "the loader is an iterator that has been read from: a state can be resumed only from its beginning"
+            )
+        loaded = states.on_cpu(state)
+        running = Running(self._settings)
+        running.load_state_dict(loaded["running"], strict=strict)
+        running.num_emitted = loaded["num_emitted"]
+        # Nothing has changed so far: a state that is refused leaves the stream as it was.
         self._scorer.load_state_dict(loaded["scorer"])
+        self._end_active()
+        self._running = running
         self._epoch = loaded["epoch"]
         self._loaded = loaded
+
+    @property
+    def _is_one_pass(self) -> bool:
+        return isinstance(self._loader, Iterator)
 
     def _fingerprint(self) -> str:
         if self._reference is None:
@@ -312,7 +333,17 @@ class FlowIterator:
             self._epoch = self._stream._begin(self)
         if self._stream._owner is not self:
             raise StopIteration
-        return self._epoch.next()
+        try:
+            return self._epoch.next()
+        except EpochEnd:
+            raise StopIteration from None
+        except StopIteration as error:
+            raise RuntimeError(
+                f"a function called by flowstream raised StopIteration in {self._epoch.where}"
+            ) from error
+        except Exception as error:
+            error.add_note(f"flowstream: in {self._epoch.where}")
+            raise
 
 
 def _epoch_listeners(loader: Any) -> list[Callable[[int], None]]:

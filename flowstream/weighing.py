@@ -127,7 +127,7 @@ def num_rows(scores: Scores) -> int:
 
 def num_labelled(scores: Scores) -> int:
     """Labelled tokens of a batch (labelled samples, for a classifier): what an unweighted mean divides by."""
-    return int(scores.count.sum())
+    return int((scores.count if scores.row_targets is None else scores.row_targets).sum())
 
 
 def _tokens(scores: Scores) -> Tensor:

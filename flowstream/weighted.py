@@ -18,10 +18,12 @@ from flowstream.making import (
     batch_temperatures,
     check_bad,
     check_stored,
+    content_of,
     digest_of,
     group_denominators,
 )
 from flowstream.metrics import WeightSums
+from flowstream.numerics import own_numerics
 from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import Losses, flatten, num_labelled, num_rows, place, sum_up, weigh
@@ -40,6 +42,7 @@ class WeightedWindow:
         self.num_seen = 0
         self.num_kept = 0
         self.num_taken = 0
+        self.content = ""
         self.next_index = terms.first_index
         self.first_ordinal = reader.next_ordinal
         self.shape = terms.shape
@@ -56,6 +59,8 @@ class WeightedWindow:
         self._num_samples_at: list[int] = []
 
     def advance(self, share: float) -> None:
+        if self._deliveries is not None:
+            return
         if self._scoring is None:
             while not self._is_full and self._reader.num_queued:
                 self._take()
@@ -80,11 +85,17 @@ class WeightedWindow:
         assert self._scoring is not None
         scores, self.cost = self._scoring.finish()
         self.score_seconds = self._scoring.seconds
-        self._weigh(scores)
+        with own_numerics():
+            self._weigh(scores)
+        self._scoring = None  # it holds the batches
+
+    @property
+    def gathers(self) -> bool:
+        return self._scoring is None and self._deliveries is None and not self._is_full
 
     @property
     def num_wanted(self) -> int:
-        if self._scoring is not None or self._is_full:
+        if not self.gathers:
             return 0
         return max(self._target - self.num_taken, 1)
 
@@ -104,7 +115,8 @@ class WeightedWindow:
         assert self._deliveries is not None
         delivery = self._deliveries[position]
         assert delivery is not None
-        batch = delivery.complete(self._recipe.settings)
+        with own_numerics():
+            batch = delivery.complete(self._recipe.settings)
         self._deliveries[position] = None
         return batch
 
@@ -147,6 +159,7 @@ class WeightedWindow:
         weight = weigh(losses, tau, settings.policy, terms.seed(settings))
         self.sums = sum_up(losses, weight)
         self._losses = losses
+        self.content = content_of(self._pulled, settings)
         if settings.normalize:
             mean = self.sums.token_mean_weight if terms.mean_weight is None else terms.mean_weight
             weight = weight / mean if mean > 0 else weight

@@ -57,7 +57,7 @@ def test_plain_loop_learns_and_goes_on_from_its_checkpoint(tmp_path):
 def test_webdataset_pipeline_writes_its_shards_and_learns(tmp_path):
     printed, _ = run("webdataset_llm", folder=tmp_path)
     shards = sorted(map(str, tmp_path.glob("*/part-*.tar")))
-    assert len(shards) >= 2  # one for each worker
+    assert len(shards) >= 2
     samples = list(wds.WebDataset(shards, shardshuffle=False).decode())
     assert all(set(sample["json"]) == {"prompt", "answer"} for sample in samples)
     (first,), (second,) = numbers(r"epoch \d: loss ([\d.]+)", printed)

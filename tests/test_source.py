@@ -50,8 +50,8 @@ def test_an_error_waits_behind_the_batches_before_it_and_is_raised_once():
     assert [reader.take().batch for _ in range(2)] == [1, 2]
     assert reader.take() is None
     with pytest.raises(OSError, match="torn") as caught:
-        reader.reraise(" 7")
-    assert caught.value.__notes__ == ["raised by the loader at batch 2 of the epoch 7"]
+        reader.reraise("epoch 7")
+    assert caught.value.__notes__ == ["raised by the loader at batch 2 of epoch 7"]
     assert [reader.take().batch for _ in range(2)] == [4, 5]
     assert reader.take() is None
     assert reader.exhausted
@@ -73,7 +73,7 @@ def test_any_batch_is_reached_again_from_its_state(ordinal, snapshot_every):
 
 
 def test_a_loader_that_became_shorter_is_told():
-    state = {"ordinal": 4, "snapshot": {"num_batches": 4}}
+    state = {"ordinal": 4, "snapshot": {"num_batches": 4}, "passed": []}
     with pytest.raises(RuntimeError, match="the loader ended after 2 batches, but the state was taken after 4"):
         ReadAhead(ReplaySource(range(2))).resume(state, 4)
     with pytest.raises(RuntimeError, match="the loader ended at batch 4, but the state needs batch 6"):

@@ -247,3 +247,123 @@ def test_a_new_process_resumes_to_the_bit(kind, stop, tmp_path, request):
     command = [sys.executable, "-c", NEW_PROCESS, tests, kind, str(tmp_path / "state.pt"), str(tmp_path / "out.pt")]
     subprocess.run(command, check=True)
     assert_same(torch.load(tmp_path / "out.pt", weights_only=True), whole[stop:])
+
+
+# -- a resume that does not go well ----------------------------------------------------------------
+
+
+class Flaky:
+    """Raises `error` once, at batch `at` of the pass number `on`, and goes on if it can be asked again."""
+
+    def __init__(self, batches, at: int, error: type[BaseException], on: int = 0, again: bool = False) -> None:
+        self.batches, self.at, self.error, self.on, self.again = batches, at, error, on, again
+        self.num_passes = 0
+
+    def __iter__(self):
+        self.num_passes += 1
+        fails = self.again or self.num_passes - 1 == self.on
+        return FlakyIterator(iter(self.batches), self.at if fails else -1, self.error)
+
+
+class FlakyIterator:
+    def __init__(self, rest, at, error) -> None:
+        self.rest, self.at, self.error, self.count = rest, at, error, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.count += 1
+        if self.count == self.at + 1:
+            raise self.error("once")
+        return next(self.rest)
+
+
+FIXED = {"window": 4, "temperature": fs.FixedTemperature(1.0)}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 5, 21, 23, 26])
+def test_a_resume_that_fails_keeps_its_position_and_may_be_tried_again(error, at):
+    batches = batches_of(gamma_losses(16 * 40))
+    stream = fs.FlowStream(batches, by_key, **FIXED)
+    taken = take(stream, 22)
+    resumed = fs.FlowStream(Flaky(batches, at, error), by_key, **FIXED)
+    resumed.load_state_dict(stream.state_dict())
+    iterator = iter(resumed)
+    with pytest.raises(error):
+        for batch in iterator:
+            taken.append(batch)
+    again = fs.FlowStream(batches, by_key, **FIXED)
+    again.load_state_dict(through_a_file(resumed.state_dict()))
+    assert torch.equal(next(iter(again))["id"], batches[len(taken)]["id"])
+    taken += list(iterator)
+    assert torch.equal(torch.cat([batch["id"] for batch in taken]), torch.arange(16 * 40))
+
+
+def test_an_error_that_was_passed_over_is_passed_over_again_on_resume():
+    batches = batches_of(gamma_losses(16 * 40))
+    stream = fs.FlowStream(Flaky(batches, 5, OSError, again=True), by_key, **FIXED)
+    iterator, taken = iter(stream), []
+    with pytest.raises(OSError, match="once"):
+        for batch in iterator:
+            taken.append(batch)
+    taken += [next(iterator) for _ in range(16)]
+    resumed = fs.FlowStream(Flaky(batches, 5, OSError, again=True), by_key, **FIXED)
+    resumed.load_state_dict(through_a_file(stream.state_dict()))
+    assert torch.equal(torch.cat([batch["id"] for batch in taken + list(resumed)]), torch.arange(16 * 40))
+
+
+def test_a_loader_that_delivers_other_batches_is_told_and_its_losses_are_taken_anew(caplog):
+    losses = gamma_losses(16 * 40)
+    stream = fs.FlowStream(batches_of(losses), by_key, include=("loss",), **FIXED)
+    take(stream, 10)
+    shuffled = batches_of(losses)
+    torch.manual_seed(0)
+    shuffled = [shuffled[i] for i in torch.randperm(40).tolist()]
+    resumed = fs.FlowStream(shuffled, by_key, include=("loss",), **FIXED)
+    resumed.load_state_dict(stream.state_dict())
+    for batch in resumed:
+        assert torch.equal(batch["flow_loss"], batch["loss"])
+    assert "delivers another batch 8 than before" in caplog.text
+
+
+def test_a_closed_stream_still_has_its_state():
+    with stream_of("weight") as stream:
+        taken = take(stream, 9)
+    resumed = stream_of("weight")
+    resumed.load_state_dict(stream.state_dict())
+    assert_same(taken + take(resumed, 3), take(stream_of("weight"), 12))
+
+
+def test_a_refused_state_leaves_the_stream_as_it_was():
+    stream = stream_of("weight")
+    iterator = iter(stream)
+    first = [next(iterator) for _ in range(5)]
+    with pytest.raises(ValueError, match="seed"):
+        other = {"window": 4, "accumulate": 2, "temperature": fs.RunningMedian(warmup_samples=96)}
+        stream.load_state_dict(fs.FlowStream([], by_key, seed=9, **other).state_dict())
+    with pytest.raises(ValueError, match="the state has no 'running'"):
+        stream.load_state_dict({key: value for key, value in stream.state_dict().items() if key != "running"})
+    assert_same(first + list(iterator), list(stream_of("weight")))
+
+
+def test_another_temperature_may_take_over_when_that_is_meant(caplog):
+    stream = stream_of("weight")
+    take(stream, 9)
+    other = fs.FlowStream(batches_of(gamma_losses(16 * 21 + 5)), by_key, window=4, temperature=fs.FixedTemperature(2.0))
+    other.load_state_dict(stream.state_dict(), strict=False)
+    assert "τ begins anew" in caplog.text
+    batch = next(iter(other))
+    torch.testing.assert_close(batch["flow_weight"], torch.exp(-batch["loss"] / 2.0))
+
+
+def test_capped_windows_keep_a_steps_batches_together():
+    losses = torch.where(torch.rand(16 * 600, generator=torch.Generator().manual_seed(0)) < 0.01, 0.0, 300.0)
+    stream = fs.FlowStream(batches_of(losses), by_key, mode="resample", include=("denominator",), accumulate=4, **FIXED)
+    denominators = [float(batch["flow_denominator"]) for batch in stream]
+    sizes = [
+        len(batch["id"]) for batch in fs.FlowStream(batches_of(losses), by_key, mode="resample", accumulate=4, **FIXED)
+    ]
+    for first in range(0, len(sizes), 4):
+        assert set(denominators[first : first + 4]) == {float(sum(sizes[first : first + 4]))}

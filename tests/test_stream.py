@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import pickle
+import weakref
 from collections import UserDict, namedtuple
 from dataclasses import dataclass, replace
 
@@ -561,7 +563,8 @@ def test_a_loaders_error_comes_after_the_batches_before_it_and_the_stream_goes_o
         for batch in iterator:
             out.append(batch)
     assert len(out) == at
-    assert f"raised by the loader at batch {at} of the epoch 0" in caught.value.__notes__[0]
+    assert f"raised by the loader at batch {at} of epoch 0" in caught.value.__notes__[0]
+    assert ("window" in caught.value.__notes__[0]) is (at > 0)
     out += list(iterator)
     assert torch.equal(gathered(out, "id"), torch.arange(16 * 60))
 
@@ -716,3 +719,145 @@ def test_on_a_gpu_batches_stay_where_they_are_and_weights_are_those_of_the_cpu(t
             assert {value.device.type for value in ours.values()} == {device}
             assert torch.equal(ours["flow_index"].cpu(), theirs["flow_index"])
             torch.testing.assert_close(ours["flow_weight"].cpu(), theirs["flow_weight"], rtol=0, atol=1e-4)
+
+
+# -- what the caller does around it ----------------------------------------------------------------
+
+
+def test_progress_does_not_pull_an_endless_loader_in_either_mode(capsys):
+    for mode in ("weight", "resample"):
+        loader = itertools.cycle(batches_of(gamma_losses(320)))
+        stream = fs.FlowStream(loader, by_key, mode=mode, window=4, temperature=FIXED, progress=True)
+        assert len(list(itertools.islice(stream, 30))) == 30
+    assert "flowstream epoch 0" in capsys.readouterr().err
+
+
+def test_weights_taken_in_inference_mode_can_be_trained_with():
+    stream = fs.FlowStream(batches_of(gamma_losses(320)), by_key)
+    iterator = iter(stream)
+    with torch.inference_mode():
+        next(iterator)
+    parameter = torch.ones(16, requires_grad=True)
+    for batch in iterator:
+        (parameter * batch["flow_weight"]).sum().backward()
+    assert parameter.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["weight", "resample"])
+def test_the_callers_default_dtype_and_device_do_not_leak_in(mode):
+    include = ("loss", "tau", "denominator", "weight", "index")
+    losses = gamma_losses(640)
+
+    def delivered():
+        return list(fs.FlowStream(batches_of(losses), by_key, mode=mode, include=include))
+
+    expected = delivered()
+    batches = batches_of(losses)
+    stream = fs.FlowStream(batches, by_key, mode=mode, include=include)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            out = list(stream)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(out, expected, strict=True):
+        for key in ("flow_loss", "flow_tau", "flow_denominator", "flow_weight", "flow_index"):
+            assert one[key].dtype == other[key].dtype
+            assert torch.equal(one[key], other[key])
+
+
+def test_a_function_is_scored_outside_of_the_callers_autocast():
+    seen = []
+    stream = fs.FlowStream(
+        batches_of(gamma_losses(64)),
+        fs.FunctionScorer(lambda b: seen.append(torch.is_autocast_enabled("cpu")) or b["loss"]),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(stream)
+    assert set(seen) == {False}
+
+
+def test_delivered_batches_are_let_go_and_share_nothing():
+    class Fresh:
+        def __iter__(self):
+            for seed in range(60):
+                batch = {"loss": gamma_losses(16, seed)}
+                alive.append(weakref.ref(batch["loss"]))
+                yield batch
+                del batch
+
+    alive: list[weakref.ref] = []
+    stream = fs.FlowStream(
+        Fresh(), fs.FunctionScorer(lambda b: b["loss"].clone()), window=20, temperature=FIXED, include=("loss",)
+    )
+    previous = None
+    for number, batch in zip(range(59), stream, strict=False):
+        state_before = stream.state_dict()["position"]["losses"].clone()
+        batch["flow_loss"].zero_()
+        batch["flow_weight"].mul_(2)
+        assert torch.equal(stream.state_dict()["position"]["losses"], state_before)
+        assert batch["flow_weight"].untyped_storage().nbytes() == batch["flow_weight"].nbytes
+        previous = batch
+        gc.collect()
+        assert not any(reference() is not None for reference in alive[:number])
+    assert previous is batch
+    del previous, batch
+    list(stream)
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_a_stop_iteration_in_a_function_of_the_users_is_an_error():
+    empty = iter(())
+    stream = fs.FlowStream(batches_of(gamma_losses(64)), fs.FunctionScorer(lambda batch: next(empty)))
+    with pytest.raises(RuntimeError, match="raised StopIteration in epoch 0, window 0"):
+        list(stream)
+
+
+def test_a_loader_that_failed_at_its_first_batch_is_begun_anew():
+    class Once:
+        failed = False
+
+        def __iter__(self):
+            if not self.failed:
+                self.failed = True
+                raise OSError("not yet")
+            yield from batches_of(gamma_losses(64))
+
+    stream = fs.FlowStream(Once(), by_key)
+    with pytest.raises(OSError, match="not yet"):
+        list(stream)
+    assert len(list(stream)) == 4
+    assert stream.epoch == 0
+
+
+def test_an_iterator_is_not_dropped_by_set_epoch():
+    stream = fs.FlowStream(iter(batches_of(gamma_losses(640))), by_key, window=2)
+    next(iter(stream))
+    with pytest.raises(ValueError, match="cannot be read again"):
+        stream.set_epoch(1)
+    assert len(list(stream)) == 39
+
+
+def test_denominators_count_what_the_loss_counts_in_left_padded_and_packed_rows(tiny):
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    left = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    packed = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": torch.cat([torch.arange(3), torch.arange(5)]).expand(2, 8),
+    }
+    for batch in (left, packed):
+        (out,) = fs.FlowStream([batch], fs.CausalLMScorer(tiny("llama")), include=("denominator",), temperature=FIXED)
+        logits = torch.randn(2, 8, 97)
+        weight = out["flow_weight"]
+        by_stream = fs.weighted_lm_loss(logits, out["labels"], weight, denominator=out["flow_denominator"])
+        torch.testing.assert_close(by_stream, fs.weighted_lm_loss(logits, out["labels"], weight), rtol=1e-6, atol=0)
+
+
+def test_the_warm_up_stays_within_the_bytes_of_a_window():
+    for mode in ("weight", "resample"):
+        loader = Recording(batches_of(gamma_losses(16 * 200)))
+        next(iter(fs.FlowStream(loader, by_key, mode=mode, max_window_bytes=1)))
+        assert loader.num_pulled <= 16  # without the limit 67 and more

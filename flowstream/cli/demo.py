@@ -32,8 +32,8 @@ class Demo:
             raise ValueError(f"--learning-rates {self.learning_rates}: give rates above 0")
         if find_spec("matplotlib") is None:
             raise ValueError("the demo draws with matplotlib: pip install 'flowstream[demo]'")
-        from flowstream.demo.presets import FULL, QUICK, adapted
         from flowstream.demo.runner import run
+        from flowstream.demo.settings import FULL, QUICK, adapted
 
         settings = adapted(QUICK if self.quick else FULL, self.steps, self.learning_rates)
         run(settings, range(self.seeds), self.out)

@@ -1,17 +1,25 @@
 """One seed's verdict: points chosen on validation, measured on the test split, held against standard's curve."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
 
 from flowstream.demo.evaluation import Measures
-from flowstream.demo.feeds import BASELINE, METHODS
-from flowstream.demo.frontier import Frontier, best_sum, mean_gain, pareto
+from flowstream.demo.feeds import BASELINE, METHODS, SCORING
+from flowstream.demo.frontier import Frontier, best_sum, envelope, mean_gain
 from flowstream.demo.results import BUDGETS, Choice, Curve, PointResult, RunResult
 
-Place = tuple[str, float, int]
-"""(method, learning rate, step): one point of one run."""
+
+class Place(NamedTuple):
+    """One point of one run."""
+
+    budget: str
+    method: str
+    learning_rate: float
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +28,9 @@ class Judged:
 
     curve: Curve
     choices: dict[str, dict[str, Choice | None]]
-    """Budget → method → its point; None where no point fits the budget."""
+    """Budget → method → its point; None where no step fits the budget."""
     curve_gain: dict[str, float]
-    """Method → gain over the whole validation curve."""
+    """Method → mean gain of its envelope on validation."""
 
     def gain(self, budget: str, method: str) -> float:
         """A method's gain; NaN where it has none."""
@@ -31,57 +39,42 @@ class Judged:
 
 
 def judge(
-    runs: list[RunResult],
+    runs: Sequence[RunResult],
     test_measures: Callable[[Place], Measures],
     answer_accuracy: Callable[[Place], float],
 ) -> Judged:
     """Judge the runs of one seed. The test split is measured only where validation has chosen a point.
 
-    The curve: standard's points that none of its others beats on validation. A method's point: the lowest target loss
-    plus retained loss on validation. Both are then valued on the test split, so no choice profits from its own luck.
+    The curve: the corners of the envelope of all of standard's points on validation. A method's point: the lowest
+    target loss plus retained loss on validation. Both are then valued on the test split, so no choice profits from its
+    own luck. Where every step costs the same as standard's, equal FLOPs are equal steps.
     """
     test_measures, answer_accuracy = cache(test_measures), cache(answer_accuracy)
     (seed,) = {run.seed for run in runs}
-    points = {
-        method: {
-            (method, run.learning_rate, point.step): point
-            for run in runs
-            if run.method == method
-            for point in run.points
-        }
-        for method in METHODS
-    }
-    curve_places = _pareto_places(points[BASELINE])
-    on_test = {place: test_measures(place) for place in curve_places}
-    curve_places.sort(key=lambda place: on_test[place].target_loss)
+    points = {method: _points(runs, "equal_steps", method) for method in METHODS}
+    corners = _corners(points[BASELINE])
+    corners.sort(key=lambda place: test_measures(place).target_loss)
     curve = Curve(
         seed=seed,
-        learning_rate=tuple(place[1] for place in curve_places),
-        step=tuple(place[2] for place in curve_places),
-        target_loss=tuple(on_test[place].target_loss for place in curve_places),
-        retained_loss=tuple(on_test[place].retained_loss for place in curve_places),
+        learning_rate=tuple(place.learning_rate for place in corners),
+        step=tuple(place.step for place in corners),
+        target_loss=tuple(test_measures(place).target_loss for place in corners),
+        retained_loss=tuple(test_measures(place).retained_loss for place in corners),
     )
     frontier = Frontier.through(curve.target_loss, curve.retained_loss)
-    allowance = max(point.flops for point in points[BASELINE].values())
 
-    def choose(method: str, budget: str) -> Choice | None:
-        allowed = {
-            place: point
-            for place, point in points[method].items()
-            if budget == "equal_steps" or point.flops <= allowance
-        }
+    def choose(budget: str, method: str) -> Choice | None:
+        candidates = _points(runs, budget if method in SCORING else "equal_steps", method)
         if method == BASELINE:  # its own choice lies on its curve
-            allowed = {place: allowed[place] for place in curve_places}
-        if not allowed:  # its scoring alone costs more than standard's first points
+            candidates = {place: candidates[place] for place in corners}
+        if not candidates:  # scoring alone costs more than standard's whole run
             return None
-        places = list(allowed)
-        best = best_sum([p.target_loss for p in allowed.values()], [p.retained_loss for p in allowed.values()])
-        _, learning_rate, step = place = places[best]
+        place = _best(candidates)
         measures = test_measures(place)
         return Choice(
             seed=seed,
-            learning_rate=learning_rate,
-            step=step,
+            learning_rate=place.learning_rate,
+            step=place.step,
             target_loss=measures.target_loss,
             exact_match=measures.exact_match,
             answer_accuracy=answer_accuracy(place),
@@ -89,20 +82,45 @@ def judge(
             gain=frontier.gain(measures.target_loss, measures.retained_loss),
         )
 
-    on_validation = {method: _validation_curve(points[method]) for method in METHODS}
+    on_validation = Frontier.through(*_losses({place: points[BASELINE][place] for place in corners}))
     return Judged(
         curve=curve,
-        choices={budget: {method: choose(method, budget) for method in METHODS} for budget in BUDGETS},
-        curve_gain={method: mean_gain(on_validation[method], on_validation[BASELINE]) for method in METHODS},
+        choices={budget: {method: choose(budget, method) for method in METHODS} for budget in BUDGETS},
+        curve_gain={method: mean_gain(on_validation, *_losses(points[method])) for method in METHODS},
     )
 
 
-def _pareto_places(points: Mapping[Place, PointResult]) -> list[Place]:
+def best_point(runs: Sequence[RunResult]) -> Place:
+    """The point of one method's runs that validation chooses."""
+    (method,) = {run.method for run in runs}
+    return _best(_points(runs, "equal_steps", method))
+
+
+def affordable_steps(points: Sequence[PointResult], allowance: float) -> int:
+    """Steps of a run that cost no more than `allowance` FLOPs: what its points say, by straight lines between them.
+
+    Below the first point, the line through the first two goes on: its height at no step is what was scored beforehand.
+    """
+    for before, after in pairwise(points):
+        if allowance <= after.flops:
+            rate = (after.flops - before.flops) / (after.step - before.step)
+            return max(0, math.floor(before.step + (allowance - before.flops) / rate))
+    return points[-1].step
+
+
+def _points(runs: Sequence[RunResult], budget: str, method: str) -> dict[Place, PointResult]:
+    own = [run for run in runs if (run.budget, run.method) == (budget, method)]
+    return {Place(budget, method, run.learning_rate, point.step): point for run in own for point in run.points}
+
+
+def _losses(points: dict[Place, PointResult]) -> tuple[list[float], list[float]]:
+    return [point.target_loss for point in points.values()], [point.retained_loss for point in points.values()]
+
+
+def _corners(points: dict[Place, PointResult]) -> list[Place]:
     places = list(points)
-    kept = pareto([p.target_loss for p in points.values()], [p.retained_loss for p in points.values()])
-    return [places[index] for index in kept]
+    return [places[index] for index in envelope(*_losses(points))]
 
 
-def _validation_curve(points: Mapping[Place, PointResult]) -> Frontier:
-    kept = [points[place] for place in _pareto_places(points)]
-    return Frontier.through([p.target_loss for p in kept], [p.retained_loss for p in kept])
+def _best(points: dict[Place, PointResult]) -> Place:
+    return list(points)[best_sum(*_losses(points))]

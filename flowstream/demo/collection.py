@@ -58,7 +58,7 @@ def _temperature(outcomes: Sequence[SeedOutcome]) -> Temperature:
 
 
 def _method(method: str, outcomes: Sequence[SeedOutcome], runs: Sequence[RunResult]) -> MethodResult:
-    own = [run for run in runs if run.method == method]
+    own = [run for run in runs if (run.budget, run.method) == ("equal_steps", method)]
     ends = [run.points[-1] for run in own]
     flops = statistics.fmean(end.flops for end in ends)
     baseline = statistics.fmean(run.points[-1].flops for run in runs if run.method == BASELINE)

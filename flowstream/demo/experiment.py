@@ -1,24 +1,19 @@
-"""The runs: pre-train once, then fine-tune by every method, at every learning rate, for every seed."""
+"""One seed: every method at every learning rate, then each scoring method again within standard's FLOPs."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise, product
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import flowstream as fs
-from flowstream.demo.analysis import Judged, Place, judge
-from flowstream.demo.evaluation import EvaluationSplit, decode_answers
-from flowstream.demo.feeds import BASELINE, METHODS, Feeds, uniform_subset
+from flowstream.demo.analysis import Judged, Place, affordable_steps, best_point, judge
+from flowstream.demo.evaluation import decode_answers
+from flowstream.demo.feeds import BASELINE, METHODS, SCORING, Feeds, uniform_subset
 from flowstream.demo.offline import OfflineFlow, score_offline
-from flowstream.demo.pretraining import ModelSize
-from flowstream.demo.problems import Problem
 from flowstream.demo.results import PointResult, ProblemSample, RunResult, TauWindow
-from flowstream.demo.shards import Encoder, open_shards
+from flowstream.demo.shards import Encoder
+from flowstream.demo.task import Task
 from flowstream.demo.training import Run, finetune
 
 _NUM_SHOWN = 3
@@ -26,82 +21,6 @@ _NUM_SHOWN = 3
 
 Report = Callable[[str], None]
 """Told of every run that is done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the experiment is, apart from its seeds."""
-
-    model: ModelSize = field(default_factory=ModelSize)
-    max_train_chars: int | None = None
-    """Bound on the pre-training text."""
-    num_problems: int = 2048
-    num_shards: int = 8
-    num_validation: int = 64
-    num_test: int = 256
-    num_text_chunks: int = 40
-    """Chunks of held-out text on the validation split; twice as many on the test split."""
-    learning_rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4)
-    """Every method runs at each of them; standard fine-tuning also half-way between, so that its curve is dense."""
-    batch: int = 8
-    steps: int = 96
-    measured_at: tuple[float, ...] = (0.125, 0.25, 0.5, 0.7, 1.0)
-    """Shares of the steps after which a run is measured; .5 and .7 are near what resampling and weighting can afford
-    of standard's FLOPs."""
-    window: int = 8
-    """Batches in a window of the stream."""
-    warmup_samples: int = 256
-    num_decoded: int = 64
-    """Test problems whose answers are decoded for the answer accuracy."""
-    max_processes: int = 8
-    """Seeds run side by side, one process each, as far as cores reach."""
-
-    def runs(self) -> Iterator[tuple[float, str]]:
-        """Learning rate and method of every run of a seed, in order."""
-        rates = sorted(self.learning_rates)
-        yield from product(rates, METHODS)
-        yield from ((math.sqrt(low * high), BASELINE) for low, high in pairwise(rates))
-
-    @property
-    def measured_steps(self) -> frozenset[int]:
-        """The steps after which a run is measured."""
-        return frozenset(max(1, round(share * self.steps)) for share in self.measured_at)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """All that the seeds share: a checkpoint, fine-tuning shards, and the text and problems to measure on."""
-
-    settings: Settings
-    checkpoint: Path
-    shards: tuple[Path, ...]
-    problems: tuple[Problem, ...]
-    """The fine-tuning set; a problem's number is its place."""
-    validation: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-    validation_text: list[list[int]]
-    """Chunks of held-out text as tokens; lists, since tensors do not travel between processes as lightly."""
-    test_text: list[list[int]]
-
-    def encoder(self) -> Encoder:
-        """The checkpoint's tokenizer."""
-        return Encoder(AutoTokenizer.from_pretrained(self.checkpoint))
-
-    def model(self) -> LlamaForCausalLM:
-        """A fresh copy of the checkpoint."""
-        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(self.checkpoint)
-        return model
-
-    def loader(self, encoder: Encoder, seed: int) -> Iterable[dict[str, Tensor]]:
-        """The fine-tuning set in the order of a seed."""
-        return open_shards(self.shards, encoder, batch=self.settings.batch, seed=seed)
-
-    def splits(self, encoder: Encoder) -> dict[str, EvaluationSplit]:
-        """What to measure on."""
-        return {
-            "validation": EvaluationSplit(self.validation, self.validation_text, encoder),
-            "test": EvaluationSplit(self.test, self.test_text, encoder),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,68 +46,118 @@ class SeedOutcome:
 
 
 def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
-    """Fine-tune by every method at every learning rate with one seed: the same order of problems for all of them."""
+    """Fine-tune by every method with one seed: the same order of problems for all of them."""
+    bench = _Bench(task, seed, report)
     settings = task.settings
-    torch.manual_seed(seed)
-    encoder = task.encoder()
-    splits = task.splits(encoder)
-    reference = task.model().eval()
-    num_parameters = sum(parameter.numel() for parameter in reference.parameters())
-    feeds = Feeds(
-        shards=task.shards,
-        encoder=encoder,
-        lengths=[len(encoder.encode(problem.question, problem.worked).ids) for problem in task.problems],
-        batch=settings.batch,
-        seed=seed,
-        scorer=fs.CausalLMScorer(reference),
-        window=settings.window,
-        warmup_samples=settings.warmup_samples,
-        offline=score_offline(reference, task.loader(encoder, seed), len(task.problems)),
-    )
-    runs: dict[tuple[str, float], Run] = {}
-    for learning_rate, method in settings.runs():
-        subset = None
-        if method == "subsampled":
-            num_kept = runs["resampled", learning_rate].num_samples
-            subset = uniform_subset(len(task.problems), num_kept, seed)
-        with feeds.open(method, subset) as feed:
-            runs[method, learning_rate] = finetune(
-                task.checkpoint,
-                feed,
-                learning_rate=learning_rate,
-                steps=settings.steps,
-                measured_at=settings.measured_steps,
-                measure=splits["validation"].measure,
-                trace_every=settings.window,
-            )
-        report(f"seed {seed}: {METHODS[method]}, {learning_rate:.2g}")
-
-    def restore(place: Place) -> LlamaForCausalLM:
-        method, learning_rate, step = place
-        model = task.model()
-        model.load_state_dict(runs[method, learning_rate].snapshots[step])
-        return model
-
-    results = [_result(seed, method, rate, run, num_parameters) for (method, rate), run in runs.items()]
+    for learning_rate, method in settings.grid():
+        bench.run("equal_steps", method, learning_rate, settings.steps)
+    allowance = max(run.points[-1].flops for run in bench.results if run.method == BASELINE)
+    for method in SCORING:
+        own = [run for run in bench.results if run.method == method]
+        chosen = best_point(own)
+        (run,) = [run for run in own if run.learning_rate == chosen.learning_rate]
+        # Fewer steps by a schedule of its own: to stop a longer run early would compare models at a high learning rate.
+        bench.run("equal_flops", method, chosen.learning_rate, affordable_steps(run.points, allowance))
     judged = judge(
-        results,
-        lambda place: splits["test"].measure(restore(place)),
-        lambda place: splits["test"].answer_accuracy(restore(place), settings.num_decoded),
+        bench.results,
+        lambda place: bench.splits["test"].measure(bench.restore(place)),
+        lambda place: bench.splits["test"].answer_accuracy(bench.restore(place), settings.num_decoded),
     )
-    offline, chosen = feeds.offline, judged.choices["equal_steps"][BASELINE]
-    assert chosen is not None  # every point of a run fits its own steps
+    offline, standard = bench.feeds.offline, judged.choices["equal_steps"][BASELINE]
+    assert standard is not None  # standard fine-tuning is its own budget
+    place = Place("equal_steps", BASELINE, standard.learning_rate, standard.step)
+    weighted = bench.runs["equal_steps", "weighted", min(settings.learning_rates)]
     return SeedOutcome(
         seed=seed,
-        num_parameters=num_parameters,
-        reference={name: asdict(split.measure(reference)) for name, split in splits.items()},
+        num_parameters=bench.num_parameters,
+        reference={name: asdict(split.measure(bench.reference)) for name, split in bench.splits.items()},
         tau=offline.tau,
         ess=offline.effective_fraction,
         losses=tuple(offline.loss.tolist()),
-        runs=tuple(results),
+        runs=tuple(bench.results),
         judged=judged,
-        windows=runs["weighted", min(settings.learning_rates)].windows,
-        samples=_samples(task, offline, restore((BASELINE, chosen.learning_rate, chosen.step)), encoder),
+        windows=weighted.windows,
+        samples=_samples(task, offline, bench.restore(place), bench.encoder),
     )
+
+
+class _Bench:
+    """Owns one seed's reference, feeds and finished runs."""
+
+    def __init__(self, task: Task, seed: int, report: Report) -> None:
+        settings = task.settings
+        torch.manual_seed(seed)
+        self.runs: dict[tuple[str, str, float], Run] = {}
+        self.results: list[RunResult] = []
+        self.encoder = task.encoder()
+        self.splits = task.splits(self.encoder)
+        self.reference = task.model().eval()
+        self.num_parameters = sum(parameter.numel() for parameter in self.reference.parameters())
+        self.feeds = Feeds(
+            shards=task.shards,
+            encoder=self.encoder,
+            lengths=[len(self.encoder.encode(problem.question, problem.worked).ids) for problem in task.problems],
+            batch=settings.batch,
+            seed=seed,
+            scorer=fs.CausalLMScorer(self.reference),
+            window=settings.window,
+            warmup_samples=settings.warmup_samples,
+            offline=score_offline(self.reference, task.loader(self.encoder, seed), len(task.problems)),
+        )
+        self._task, self._seed, self._report = task, seed, report
+
+    def run(self, budget: str, method: str, learning_rate: float, steps: int) -> None:
+        """One run from the checkpoint; none of less than a step."""
+        settings = self._task.settings
+        if steps >= 1:
+            subset = None
+            if method == "subsampled":
+                num_kept = self.runs[budget, "resampled", learning_rate].num_samples
+                subset = uniform_subset(len(self._task.problems), num_kept, self._seed)
+            with self.feeds.open(method, subset) as feed:
+                run = finetune(
+                    self._task.checkpoint,
+                    feed,
+                    learning_rate=learning_rate,
+                    steps=steps,
+                    measured_at=settings.measured_steps | {steps},
+                    measure=self.splits["validation"].measure,
+                    trace_every=settings.window,
+                )
+            self.runs[budget, method, learning_rate] = run
+            self.results.append(self._result(budget, method, learning_rate, run))
+        self._report(f"seed {self._seed}: {METHODS[method]}, {learning_rate:.2g}")
+
+    def restore(self, place: Place) -> LlamaForCausalLM:
+        """The model as it stood at a point."""
+        model = self._task.model()
+        model.load_state_dict(self.runs[place.budget, place.method, place.learning_rate].snapshots[place.step])
+        return model
+
+    def _result(self, budget: str, method: str, learning_rate: float, run: Run) -> RunResult:
+        points = tuple(
+            PointResult(
+                step=point.step,
+                target_loss=point.validation.target_loss,
+                exact_match=point.validation.exact_match,
+                retained_loss=point.validation.retained_loss,
+                train_tokens=point.train_tokens,
+                score_tokens=point.score_tokens,
+                flops=self.num_parameters * (6.0 * point.train_tokens + 2.0 * point.score_tokens),
+            )
+            for point in run.points
+        )
+        return RunResult(
+            seed=self._seed,
+            budget=budget,
+            method=method,
+            learning_rate=learning_rate,
+            points=points,
+            num_samples=run.num_samples,
+            seconds=run.seconds,
+            score_seconds=run.score_seconds,
+            acceptance=run.acceptance,
+        )
 
 
 def _samples(task: Task, offline: OfflineFlow, model: LlamaForCausalLM, encoder: Encoder) -> tuple[ProblemSample, ...]:
@@ -206,29 +175,4 @@ def _samples(task: Task, offline: OfflineFlow, model: LlamaForCausalLM, encoder:
             decoded=answer,
         )
         for number, problem, answer in zip(shown, problems, decoded, strict=True)
-    )
-
-
-def _result(seed: int, method: str, learning_rate: float, run: Run, num_parameters: int) -> RunResult:
-    points = tuple(
-        PointResult(
-            step=point.step,
-            target_loss=point.validation.target_loss,
-            exact_match=point.validation.exact_match,
-            retained_loss=point.validation.retained_loss,
-            train_tokens=point.train_tokens,
-            score_tokens=point.score_tokens,
-            flops=num_parameters * (6.0 * point.train_tokens + 2.0 * point.score_tokens),
-        )
-        for point in run.points
-    )
-    return RunResult(
-        seed=seed,
-        method=method,
-        learning_rate=learning_rate,
-        points=points,
-        num_samples=run.num_samples,
-        seconds=run.seconds,
-        score_seconds=run.score_seconds,
-        acceptance=run.acceptance,
     )

@@ -29,6 +29,9 @@ BASELINE = "standard"
 CONTROL = "permuted"
 """The same weights on other samples: what it gains as well is not owed to which samples are weighted."""
 
+SCORING = ("exact", "weighted", "resampled", "permuted")
+"""The methods that score problems, and so have less FLOPs left to train with."""
+
 Batches = Iterable[dict[str, Tensor]]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flowstream.demo.feeds import BASELINE, METHODS
-from flowstream.demo.frontier import pareto
+from flowstream.demo.frontier import Frontier, envelope
 from flowstream.demo.problems import LEVELS
 from flowstream.demo.results import Results, RunResult
 
@@ -36,12 +36,13 @@ def retention_figure(results: Results) -> str:
     panels = figure.subplots(1, len(seeds), squeeze=False, sharey=True)[0]
     for panel, seed in zip(panels, seeds, strict=True):
         for method in METHODS:
-            runs = [run for run in results.runs if run.method == method and run.seed == seed]
+            runs = [r for r in results.runs if (r.budget, r.method, r.seed) == ("equal_steps", method, seed)]
             target, retained = _losses(runs)
-            kept = pareto(target, retained)
-            panel.plot(
-                target[kept], retained[kept], color=COLOURS[method], lw=2.4 if method == BASELINE else 1.1, zorder=2
-            )
+            kept = envelope(target, retained)
+            curve = Frontier.through(target[kept], retained[kept])
+            grid = np.linspace(curve.target[0], curve.target[-1], 100)
+            line = [curve.retained_at(level) for level in grid]
+            panel.plot(grid, line, color=COLOURS[method], lw=2.4 if method == BASELINE else 1.1, zorder=2)
             panel.scatter(
                 target,
                 retained,

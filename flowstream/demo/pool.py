@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from flowstream.demo.experiment import Report, SeedOutcome, Task, run_seed
+from flowstream.demo.experiment import Report, SeedOutcome, run_seed
+from flowstream.demo.task import Task
 
 _POLL_SECONDS = 0.2
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from flowstream.demo.corpus import build_corpus, read_modules
-from flowstream.demo.experiment import Settings, Task
 from flowstream.demo.pretraining import chunk, pretrain, train_tokenizer
 from flowstream.demo.problems import make_problems
+from flowstream.demo.settings import Settings
 from flowstream.demo.shards import write_shards
+from flowstream.demo.task import Task
 
 _SPLITS = ("train", "validation", "test")
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED = 1, 2, 3

@@ -1,6 +1,7 @@
 """`report.html`: one page that needs no network, says what was measured, and explains every figure in words."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _retention(results: Results) -> Iterable[str]:
     yield figures.retention_figure(results)
     yield (
         "<p>Every mark is a run at one learning rate after some steps, on validation; lower left is better. Lines join "
-        "those marks of a method that none of its others beats. AdamW cancels a constant scale of the loss, and a "
+        "the corners of a method's lower left envelope. AdamW cancels a constant scale of the loss, and a "
         "smaller step forgets less whatever the weights. So the baseline is no number but the black line, which "
         "standard fine-tuning draws over learning rates and steps; a method helps where its line lies below. "
         "Dotted: the checkpoint before fine-tuning.</p>"
@@ -71,15 +72,15 @@ def _retention(results: Results) -> Iterable[str]:
     seeds = [f"seed {curve.seed}" for curve in results.curves]
     gains = {method: results.methods[method].curve_gain for method in METHODS if method != BASELINE}
     yield table(
-        ["mean gain over the validation curve", *seeds],
+        ["mean gain along the envelope, validation", *seeds],
         [
             [METHODS[method], *(f"{gain:+.4f}" if math.isfinite(gain) else "no overlap" for gain in of_seeds)]
             for method, of_seeds in gains.items()
         ],
     )
     yield (
-        "<p>A second look, in which no single point is chosen: the vertical distance between a method's line and "
-        "standard's, averaged over the target losses that both reach.</p>"
+        "<p>A second look, in which no single mark is chosen: how far the corners of a method's envelope lie below "
+        "standard's line, on average over those within its range.</p>"
     )
 
 
@@ -105,11 +106,10 @@ def _losses(results: Results) -> Iterable[str]:
 
 
 def _costs(results: Results) -> Iterable[str]:
-    allowance = max(point.flops for run in results.runs if run.method == BASELINE for point in run.points)
     rows = []
     for method in METHODS:
         result = results.methods[method]
-        points = [point for run in results.runs if run.method == method for point in run.points]
+        afforded = [run.points[-1].step for run in results.runs if (run.budget, run.method) == ("equal_flops", method)]
         rows.append(
             [
                 result.title,
@@ -119,7 +119,7 @@ def _costs(results: Results) -> Iterable[str]:
                 f"{result.acceptance:.2f}",
                 f"{result.seconds:.1f}",
                 f"{result.score_seconds:.2f}",
-                str(max((point.step for point in points if point.flops <= allowance), default="none")),
+                f"{statistics.fmean(afforded):.0f}" if afforded else str(results.settings["steps"]),
             ]
         )
     head = ["FLOPs", "for scoring", "problems", "accepted", "seconds", "for scoring", "steps afforded"]
@@ -127,9 +127,10 @@ def _costs(results: Results) -> Iterable[str]:
     yield table(["a whole run of", *head], rows)
     yield (
         "<p>Means over seeds and learning rates. Training is charged 6N FLOPs a token and scoring 2N, each problem "
-        "scored once; the offline method scores the whole set before its first step. “At equal FLOPs” admits "
-        "only points that fit, scoring included, into standard's whole run; the last column is the latest such point. "
-        "Seconds are wall time without evaluations, seeds side by side.</p>"
+        "scored once; the offline method scores the whole set before its first step, the streams as they go. The last "
+        "column: the steps that standard's FLOPs pay for, scoring included; “equal FLOPs” above are runs of that many "
+        "steps, with a schedule of their own, at the learning rate chosen at equal steps. Seconds are wall time "
+        "without evaluations, the seeds side by side.</p>"
     )
 
 

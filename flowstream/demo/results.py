@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 BUDGETS = ("equal_steps", "equal_flops")
-"""Equal steps: every run's whole length. Equal FLOPs: only what fits, scoring included, into standard's whole run."""
+"""Equal steps: as many as standard's. Equal FLOPs: as many as standard's FLOPs pay for, scoring included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class RunResult:
     """One method, seed and learning rate."""
 
     seed: int
+    budget: str
+    """One of `BUDGETS`: what decided on the number of steps."""
     method: str
     learning_rate: float
     points: tuple[PointResult, ...]
@@ -102,10 +104,10 @@ class MethodResult:
     equal_steps: Figure
     equal_flops: Figure
     curve_gain: tuple[float, ...]
-    """By seed: gain over the whole validation curve, averaged over the target losses that both reach."""
+    """By seed: mean gain of the corners of the method's own envelope on validation."""
     over_permuted: tuple[float, ...]
     """By seed, at equal steps: gain less that of the permuted weights. What is left is owed to *which* samples have
-    weight, not to smaller or uneven steps, nor to the straight lines of the curve; NaN where either is outside."""
+    weight, not to smaller or uneven steps; NaN where either is outside."""
     flops_ratio: float
     """FLOPs of a whole run over standard's."""
     score_share: float

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flowstream.demo.collection import collect
-from flowstream.demo.experiment import Settings
+from flowstream.demo.feeds import SCORING
 from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
 from flowstream.demo.report import write_report
 from flowstream.demo.results import Results
+from flowstream.demo.settings import Settings
 from flowstream.demo.summary import spread_of_weights, summary_rows, verdict
 
 _NUM_COLUMNS = 4
@@ -40,7 +41,7 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
         bar = progress.add_task("pre-training", total=settings.model.steps)
         with _timed(seconds, "pre-training"):
             prepared = prepare(settings, out, lambda step: progress.update(bar, completed=step + 1))
-        num_runs = len(seeds) * len(list(settings.runs()))
+        num_runs = len(seeds) * (len(list(settings.grid())) + len(SCORING))
         bar = progress.add_task("fine-tuning", total=num_runs)
 
         def finished(what: str) -> None:

@@ -37,6 +37,10 @@ class Scores:
     token_mask: Tensor | None = None
     """[B, T] bool, at level "token" only: where `token_loss` is a loss."""
 
+    row_targets: Tensor | None = None
+    """[B] int64: the labels that a loss over the whole row counts, where these are not the `count` of its samples: a
+    row's loss also predicts the first token of a left-padded or packed document. `None`: the sum of the counts."""
+
 
 @dataclass(frozen=True)
 class Cost:

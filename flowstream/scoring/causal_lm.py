@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,11 @@ class CausalLMScorer:
             raise ValueError(f"{place} has {len(row_keys)} cache keys for {len(ids)} rows")
         if further:
             return self._read_whole(named, further, mask, labels, place, namespace, row_keys)
-        return self._read_documents(ids, labels, mask, self._positions(named, ids, place), place, namespace, row_keys)
+        positions = self._positions(named, ids, place)
+        reading = self._read_documents(ids, labels, mask, positions, place, namespace, row_keys)
+        if "labels" not in named:
+            return reading
+        return replace(reading, row_targets=torch.from_numpy((labels[:, 1:] != IGNORED).sum(axis=1)))
 
     def _ids(self, named: Mapping[str, Any], place: Place) -> Integers:
         if "input_ids" in named:

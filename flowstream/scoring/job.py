@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,9 @@ class Reading:
 
     positions: Sequence[Integers] = ()
     """For each sample, where its losses belong in the flattened labels."""
+
+    row_targets: Tensor | None = None
+    """See `Scores.row_targets`."""
 
 
 @dataclass
@@ -231,7 +234,9 @@ class WindowJob:
         found = [self._losses.get(sample.key) if sample.count else None for sample in samples]
         loss = np.array([0.0 if v is None else _mean(v, self._level) for v in found], dtype=np.float32)
         count = np.array([sample.count for sample in samples], dtype=np.int64)
-        scores = Scores(torch.from_numpy(loss), torch.from_numpy(count), reading.segment)
+        scores = Scores(
+            torch.from_numpy(loss), torch.from_numpy(count), reading.segment, row_targets=reading.row_targets
+        )
         if self._level == "sample":
             return scores
         assert reading.shape is not None
@@ -242,7 +247,7 @@ class WindowJob:
             if value is not None:
                 token_loss.reshape(-1)[where] = value
         tokens, mask = torch.from_numpy(token_loss), torch.from_numpy(token_mask)
-        return Scores(scores.loss, scores.count, scores.segment, tokens, mask)
+        return replace(scores, token_loss=tokens, token_mask=mask)
 
 
 def _padded(samples: list[Sample]) -> int:

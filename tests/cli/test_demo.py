@@ -51,7 +51,9 @@ def numbers(value: Any) -> Iterator[float]:
 def test_every_method_ran_at_every_learning_rate_for_every_seed(results: dict[str, Any]) -> None:
     rates, seeds = results["settings"]["learning_rates"], results["settings"]["seeds"]
     assert seeds == [0, 1]
-    runs = [(run["method"], run["learning_rate"], run["seed"]) for run in results["runs"]]
+    runs = [
+        (run["method"], run["learning_rate"], run["seed"]) for run in results["runs"] if run["budget"] == "equal_steps"
+    ]
     grid = [(method, rate, seed) for method in METHODS for rate in rates for seed in seeds]
     between = [run for run in runs if run[1] not in rates]
     assert sorted(run for run in runs if run[1] in rates) == sorted(grid)
@@ -62,13 +64,14 @@ def test_every_method_ran_at_every_learning_rate_for_every_seed(results: dict[st
 def test_every_run_was_measured_along_the_way_with_finite_losses(results: dict[str, Any]) -> None:
     for run in results["runs"]:
         steps = [point["step"] for point in run["points"]]
-        assert len(steps) == 5
         assert steps == sorted(steps)
-        assert steps[-1] == results["settings"]["steps"]
+        if run["budget"] == "equal_steps":
+            assert len(steps) == 4
+            assert steps[-1] == results["settings"]["steps"]
         assert all(math.isfinite(number) for number in numbers(run))
         assert all(0 <= point["exact_match"] <= 1 for point in run["points"])
         targets = [point["target_loss"] for point in run["points"]]
-        assert targets[-1] < results["reference"]["validation"]["target_loss"]
+        assert targets[-1] < results["reference"]["validation"]["target_loss"] or steps[-1] < 4
 
 
 def test_online_tau_is_within_a_few_percent_of_the_exact_median(results: dict[str, Any]) -> None:
@@ -96,23 +99,19 @@ def test_scoring_is_charged_where_there_is_any(results: dict[str, Any]) -> None:
     assert 0.2 < methods["resampled"]["acceptance"] < 0.6
 
 
-def test_figures_are_paired_by_seed_and_choices_fit_their_budget(results: dict[str, Any]) -> None:
+def test_figures_are_paired_by_seed_and_equal_flops_are_within_standards(results: dict[str, Any]) -> None:
     allowance = {
         seed: max(
-            p["flops"] for r in results["runs"] if (r["method"], r["seed"]) == ("standard", seed) for p in r["points"]
+            run["points"][-1]["flops"] for run in results["runs"] if (run["method"], run["seed"]) == ("standard", seed)
         )
         for seed in results["settings"]["seeds"]
     }
-    spent = {
-        (run["method"], run["seed"], run["learning_rate"], point["step"]): point["flops"]
-        for run in results["runs"]
-        for point in run["points"]
-    }
-    for method, result in results["methods"].items():
+    shorter = [run for run in results["runs"] if run["budget"] == "equal_flops"]
+    assert {run["method"] for run in shorter} >= {"weighted", "resampled", "permuted"}
+    for run in shorter:
+        assert 0.6 * allowance[run["seed"]] < run["points"][-1]["flops"] <= 1.01 * allowance[run["seed"]]
+    for result in results["methods"].values():
         assert [choice["seed"] for choice in result["equal_steps"]["choices"]] == [0, 1]
-        for choice in result["equal_flops"]["choices"]:
-            place = (method, choice["seed"], choice["learning_rate"], choice["step"])
-            assert spent[place] <= allowance[choice["seed"]]
         gains = [c["gain"] for c in result["equal_steps"]["choices"] if c["gain"] is not None]
         assert result["equal_steps"]["num_outside"] == 2 - len(gains)
         if gains:

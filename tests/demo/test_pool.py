@@ -8,7 +8,7 @@ import pytest
 from flowstream.demo.experiment import SeedOutcome
 from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
-from flowstream.demo.presets import QUICK
+from flowstream.demo.settings import QUICK
 
 # webdataset leaves shards open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
