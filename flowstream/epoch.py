@@ -174,9 +174,10 @@ class Epoch:
         self._resume = None
 
     def _too_short(self, state: Mapping[str, Any]) -> RuntimeError:
+        ended_at = self._reader.next_ordinal + self._reader.num_queued
         return RuntimeError(
-            f"the loader ended at batch {self._reader.next_ordinal + self._reader.num_queued}, but the state resumes "
-            f"at batch {state['first_ordinal']} with {state['num_taken']}: resume with the loader that it was taken with"
+            f"the loader ended at batch {ended_at}, but the state resumes at batch {state['first_ordinal']} with "
+            f"{state['num_taken']}: resume with the loader that it was taken with"
         )
 
     def _set_size(self, size: int) -> None:

@@ -13,25 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowstream.batch import check_rows, num_bytes, num_samples
+from flowstream.delivery import Delivery, group_denominators
 from flowstream.digest import Digest
-from flowstream.making import (
-    Delivery,
-    Kept,
-    Recipe,
-    Scoring,
-    Terms,
-    batch_temperatures,
-    check_bad,
-    check_stored,
-    content_of,
-    digest_of,
-    group_denominators,
-)
+from flowstream.making import Kept, Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.randomness import permutation, uniform
 from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
 from flowstream.samplers import Systematic, Thin, chunk_size
+from flowstream.scored import Scoring, batch_temperatures, check_bad, check_stored, content_of, digest_of
 from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import flatten, sum_up, weigh

@@ -9,21 +9,12 @@ import torch
 from torch import Tensor
 
 from flowstream.batch import num_bytes, num_samples
+from flowstream.delivery import Delivery, group_denominators
 from flowstream.digest import Digest
-from flowstream.making import (
-    Delivery,
-    Recipe,
-    Scoring,
-    Terms,
-    batch_temperatures,
-    check_bad,
-    check_stored,
-    content_of,
-    digest_of,
-    group_denominators,
-)
+from flowstream.making import Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
+from flowstream.scored import Scoring, batch_temperatures, check_bad, check_stored, content_of, digest_of
 from flowstream.scoring.base import Cost, Scores
 from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import Losses, flatten, num_labelled, num_rows, place, sum_up, weigh
