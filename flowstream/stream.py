@@ -41,7 +41,8 @@ class FlowStream(IterableDataset[Any]):
     Args:
         loader: any iterable of batches. A batch is a mapping, tuple, list, namedtuple or dataclass of tensors, arrays
             and lists.
-        scorer: the frozen reference, such as `CausalLMScorer(model)`.
+        scorer: the frozen reference, such as `CausalLMScorer(model)`: a copy of the model as it is then, so build it
+            before a fine-tuned checkpoint is loaded.
         mode: "weight"; "resample", which is `Thin()`; or a sampler, `Thin(scale=…)` or `Systematic(…)`.
         level: "sample": weights [B] float32 (packed rows: [B, T], each document its own weight). "token": weights of
             the labels' shape, aligned with them by index, 0 where ignored.
@@ -58,7 +59,8 @@ class FlowStream(IterableDataset[Any]):
         window: batches that are scored as a whole, or "auto": at least 256 samples and 8 batches.
         max_window_bytes: what "auto" lets the three windows held take.
         accumulate: micro-batches a step, k. `flow_denominator` is then the number of labelled tokens (or samples) in
-            the k batches that share a step: dividing each loss by it gives the gradient of one large batch.
+            the k batches that share a step: dividing each loss by it gives the gradient of one large batch. An epoch's
+            last step may have fewer.
         recollate: how rows of different batches meet in resample mode: "pad", or a collate function over samples.
         cache: "memory": losses are kept, and a second epoch scores nothing; or `None`.
         cache_key: a field of the batch with an entry a row that names the sample for the cache, in place of its content

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
 from flowstream.demo.evaluation import Measures
@@ -94,18 +93,6 @@ def best_point(runs: Sequence[RunResult]) -> Place:
     """The point of one method's runs that validation chooses."""
     (method,) = {run.method for run in runs}
     return _best(_points(runs, "equal_steps", method))
-
-
-def affordable_steps(points: Sequence[PointResult], allowance: float) -> int:
-    """Steps of a run that cost no more than `allowance` FLOPs: what its points say, by straight lines between them.
-
-    Below the first point, the line through the first two goes on: its height at no step is what was scored beforehand.
-    """
-    for before, after in pairwise(points):
-        if allowance <= after.flops:
-            rate = (after.flops - before.flops) / (after.step - before.step)
-            return max(0, math.floor(before.step + (allowance - before.flops) / rate))
-    return points[-1].step
 
 
 def _points(runs: Sequence[RunResult], budget: str, method: str) -> dict[Place, PointResult]:

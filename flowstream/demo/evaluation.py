@@ -66,7 +66,7 @@ class EvaluationSplit:
         )
 
     @torch.no_grad()
-    def answer_accuracy(self, model: LlamaForCausalLM, max_problems: int, max_new_tokens: int = 96) -> float:
+    def answer_accuracy(self, model: LlamaForCausalLM, max_problems: int, max_new_tokens: int = 72) -> float:
         """Share of the first problems whose decoded answer ends in the right number, however it was worked."""
         problems = self.problems[:max_problems]
         answers = decode_answers(model, self._encoder, [p.question for p in problems], max_new_tokens)
@@ -75,7 +75,7 @@ class EvaluationSplit:
 
 @torch.no_grad()
 def decode_answers(
-    model: LlamaForCausalLM, encoder: Encoder, questions: Sequence[str], max_new_tokens: int = 96
+    model: LlamaForCausalLM, encoder: Encoder, questions: Sequence[str], max_new_tokens: int = 72
 ) -> list[str]:
     """Greedy answers, decoded in batches padded on the left."""
     model.eval()

@@ -1,5 +1,6 @@
 """One seed: every method at every learning rate, then each scoring method again within standard's FLOPs."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -7,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import flowstream as fs
-from flowstream.demo.analysis import Judged, Place, affordable_steps, best_point, judge
+from flowstream.demo.analysis import Judged, Place, best_point, judge
 from flowstream.demo.evaluation import decode_answers
 from flowstream.demo.feeds import BASELINE, METHODS, SCORING, Feeds, uniform_subset
 from flowstream.demo.offline import OfflineFlow, score_offline
@@ -55,9 +56,9 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
     for method in SCORING:
         own = [run for run in bench.results if run.method == method]
         chosen = best_point(own)
-        (run,) = [run for run in own if run.learning_rate == chosen.learning_rate]
+        costs = [spent.flops(bench.num_parameters) for spent in bench.runs[chosen[:3]].spent]
         # Fewer steps by a schedule of its own: to stop a longer run early would compare models at a high learning rate.
-        bench.run("equal_flops", method, chosen.learning_rate, affordable_steps(run.points, allowance))
+        bench.run("equal_flops", method, chosen.learning_rate, bisect_right(costs, allowance))
     judged = judge(
         bench.results,
         lambda place: bench.splits["test"].measure(bench.restore(place)),
@@ -131,7 +132,7 @@ class _Bench:
     def restore(self, place: Place) -> LlamaForCausalLM:
         """The model as it stood at a point."""
         model = self._task.model()
-        model.load_state_dict(self.runs[place.budget, place.method, place.learning_rate].snapshots[place.step])
+        model.load_state_dict(self.runs[place[:3]].snapshots[place.step])
         return model
 
     def _result(self, budget: str, method: str, learning_rate: float, run: Run) -> RunResult:
@@ -141,9 +142,9 @@ class _Bench:
                 target_loss=point.validation.target_loss,
                 exact_match=point.validation.exact_match,
                 retained_loss=point.validation.retained_loss,
-                train_tokens=point.train_tokens,
-                score_tokens=point.score_tokens,
-                flops=self.num_parameters * (6.0 * point.train_tokens + 2.0 * point.score_tokens),
+                train_tokens=point.spent.train_tokens,
+                score_tokens=point.spent.score_tokens,
+                flops=point.spent.flops(self.num_parameters),
             )
             for point in run.points
         )

@@ -7,7 +7,7 @@ _STYLE = """
 :root { color-scheme: light; }
 body {
   font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
 }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; }

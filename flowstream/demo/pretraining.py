@@ -31,7 +31,7 @@ class ModelSize:
     context: int = 128
     """Tokens in a chunk of pre-training text."""
     batch: int = 8
-    steps: int = 1200
+    steps: int = 1000
     max_threads: int = 64
     """More threads than a model this small can use make it slower, on busy cores much slower."""
 

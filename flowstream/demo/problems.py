@@ -121,22 +121,15 @@ def _steps(rng: random.Random) -> tuple[str, str, int]:
 
 
 def _long(rng: random.Random) -> tuple[str, str, int]:
-    """Four steps with numbers of three and four digits."""
+    """Three steps between numbers of three and four digits."""
     person, goods = rng.choice(_PEOPLE), rng.choice(_GOODS)
     first, second, price = rng.randint(120, 480), rng.randint(120, 480), rng.randint(3, 9)
-    grown = first + second
+    made = first + second
     lost = rng.randint(11, 99)
-    left = grown - lost
-    earned = left * price
-    wages = rng.randint(101, left)
-    answer = earned - wages
-    question = (
-        f"{person} makes {first} {goods} and {second} more, breaks {lost}, sells each for {price} and pays {wages}."
-    )
-    worked = (
-        f"{first} + {second} = {grown}\n{grown} - {lost} = {left}\n"
-        f"{left} * {price} = {earned}\n{earned} - {wages} = {answer}"
-    )
+    left = made - lost
+    answer = left * price
+    question = f"{person} makes {first} and {second} {goods}, breaks {lost} and sells each for {price}."
+    worked = f"{first} + {second} = {made}\n{made} - {lost} = {left}\n{left} * {price} = {answer}"
     return question, worked, answer
 
 

@@ -25,13 +25,13 @@ class Settings:
     learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
     """Every method runs at each of them; standard fine-tuning also half-way between, so that its curve is dense."""
     batch: int = 8
-    steps: int = 96
-    measured_at: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    steps: int = 80
+    measured_at: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Shares of the steps after which a run is measured."""
     window: int = 8
     """Batches in a window of the stream."""
     warmup_samples: int = 256
-    num_decoded: int = 64
+    num_decoded: int = 32
     """Test problems whose answers are decoded for the answer accuracy."""
     max_processes: int = 8
     """Seeds run side by side, one process each, as far as cores reach."""

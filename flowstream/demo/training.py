@@ -18,15 +18,26 @@ from flowstream.demo.results import TauWindow
 _MAX_GRAD_NORM = 1.0
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a run has cost by some step."""
+
+    train_tokens: int
+    score_tokens: int
+    """Tokens that the reference has scored, each problem counted once."""
+
+    def flops(self, num_parameters: int) -> float:
+        """6N a trained token, 2N a scored one."""
+        return num_parameters * (6.0 * self.train_tokens + 2.0 * self.score_tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """A run as it stood after some steps."""
 
     step: int
     validation: Measures
-    train_tokens: int
-    score_tokens: int
-    """Tokens that the reference had scored by then, each problem counted once."""
+    spent: Spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class Run:
     snapshots: dict[int, dict[str, Tensor]]
     """Step → the model's parameters at that point, so that the test split is touched for the chosen ones only."""
     windows: tuple[TauWindow, ...]
+    spent: tuple[Spent, ...]
+    """After each step."""
     num_samples: int
     """Distinct problems trained on."""
     seconds: float
@@ -62,6 +75,7 @@ def finetune(
     snapshots: dict[int, dict[str, Tensor]] = {}
     windows: list[TauWindow] = []
     seen: set[int] = set()
+    spent: list[Spent] = []
     train_tokens, measuring = 0, 0.0
     start = time.perf_counter()
     model.train()
@@ -77,6 +91,7 @@ def finetune(
         optimizer.step()
         optimizer.zero_grad()
         train_tokens += int(batch["attention_mask"].sum())
+        spent.append(Spent(train_tokens, feed.score_tokens()))
         if step % trace_every == 0 and (metrics := feed.metrics()):
             tau, error, ess = (metrics[f"flow/{name}"] for name in ("tau", "tau_error", "ess"))
             windows.append(TauWindow(step=step, tau=tau, tau_error=error, ess=ess))
@@ -84,9 +99,7 @@ def finetune(
             before = time.perf_counter()
             measures = measure(model)
             model.train()
-            points.append(
-                Point(step=step, validation=measures, train_tokens=train_tokens, score_tokens=feed.score_tokens())
-            )
+            points.append(Point(step=step, validation=measures, spent=spent[-1]))
             snapshots[step] = {name: value.clone() for name, value in model.state_dict().items()}
             measuring += time.perf_counter() - before
     metrics = feed.metrics()
@@ -94,6 +107,7 @@ def finetune(
         points=tuple(points),
         snapshots=snapshots,
         windows=tuple(windows),
+        spent=tuple(spent),
         num_samples=len(seen),
         seconds=time.perf_counter() - start - measuring,
         score_seconds=metrics.get("flow/score_seconds", 0.0),

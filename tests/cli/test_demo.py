@@ -66,7 +66,7 @@ def test_every_run_was_measured_along_the_way_with_finite_losses(results: dict[s
         steps = [point["step"] for point in run["points"]]
         assert steps == sorted(steps)
         if run["budget"] == "equal_steps":
-            assert len(steps) == 4
+            assert len(steps) == 3
             assert steps[-1] == results["settings"]["steps"]
         assert all(math.isfinite(number) for number in numbers(run))
         assert all(0 <= point["exact_match"] <= 1 for point in run["points"])
@@ -109,7 +109,7 @@ def test_figures_are_paired_by_seed_and_equal_flops_are_within_standards(results
     shorter = [run for run in results["runs"] if run["budget"] == "equal_flops"]
     assert {run["method"] for run in shorter} >= {"weighted", "resampled", "permuted"}
     for run in shorter:
-        assert 0.6 * allowance[run["seed"]] < run["points"][-1]["flops"] <= 1.01 * allowance[run["seed"]]
+        assert 0.6 * allowance[run["seed"]] < run["points"][-1]["flops"] <= allowance[run["seed"]]
     for result in results["methods"].values():
         assert [choice["seed"] for choice in result["equal_steps"]["choices"]] == [0, 1]
         gains = [c["gain"] for c in result["equal_steps"]["choices"] if c["gain"] is not None]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from flowstream.demo.analysis import Place, affordable_steps, judge
+from flowstream.demo.analysis import Place, judge
 from flowstream.demo.evaluation import Measures
 from flowstream.demo.feeds import METHODS
 from flowstream.demo.results import Figure, PointResult, RunResult
@@ -121,23 +121,6 @@ def test_at_equal_flops_a_scoring_method_is_judged_by_its_shorter_runs_and_the_o
     assert math.isnan(judged.gain("equal_flops", "exact"))
     assert at_flops["standard"] == at_steps["standard"]
     assert at_flops["subsampled"] == at_steps["subsampled"]
-
-
-@pytest.mark.parametrize(
-    ("flops", "allowance", "steps"),
-    [
-        ((10.0, 20.0, 40.0), 40.0, 4),
-        ((10.0, 20.0, 40.0), 100.0, 4),
-        ((10.0, 20.0, 40.0), 35.0, 3),
-        ((10.0, 20.0, 40.0), 15.0, 1),
-        ((30.0, 40.0, 60.0), 25.0, 0),
-        ((30.0, 40.0, 60.0), 10.0, 0),
-    ],
-)
-def test_affordable_steps_follow_the_costs_of_the_run(flops: tuple[float, ...], allowance: float, steps: int) -> None:
-    points = run_of("weighted", 0.0, 0.0, 1e-3, (1, 2, 4), "equal_steps").points
-    points = tuple(replace(point, flops=cost) for point, cost in zip(points, flops, strict=True))
-    assert affordable_steps(points, allowance) == steps
 
 
 def test_a_target_beyond_the_curve_is_outside_and_not_extrapolated(runs: list[RunResult]) -> None:

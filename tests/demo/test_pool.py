@@ -37,7 +37,7 @@ def test_seeds_side_by_side_find_what_seeds_in_turn_find(tmp_path: Path) -> None
     task = prepare(settings, tmp_path, lambda step: None).task
     told: list[str] = []
     in_turn = run_seeds(task, [0, 1], told.append)
-    assert len(told) == 12
+    assert len(told) == 20
     side_by_side = run_seeds(replace(task, settings=replace(settings, max_processes=2)), [0, 1], told.append)
     assert losses(side_by_side) == losses(in_turn)
-    assert sorted(told[:12]) == sorted(told[12:])
+    assert sorted(told[:20]) == sorted(told[20:])
