@@ -50,8 +50,8 @@ def _table(results: Results) -> Iterable[str]:
         "columns are the test split's, at equal steps: <b>exact match</b> is the whole worked answer, token for token; "
         "<b>right answer</b> the final number of the decoded one; <b>FLOPs</b> a whole run over standard's, scoring "
         "included. “Over budget”: scoring alone costs more than standard's whole run. A model this small learns the "
-        "form of an answer long before its arithmetic, so the last shares stay near 0. Before fine-tuning, the target loss "
-        f"was {before['target_loss']:.3f} and the retained loss {before['retained_loss']:.3f}.</p>"
+        "form of an answer long before its arithmetic, so the last shares stay near 0. Before fine-tuning, the target "
+        f"loss was {before['target_loss']:.3f} and the retained loss {before['retained_loss']:.3f}.</p>"
     )
     yield figures.gain_figure(results)
     yield (
