@@ -18,7 +18,7 @@ from flowstream.digest import Digest
 from flowstream.making import Kept, Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
-from flowstream.randomness import permutation, uniform
+from flowstream.randomness import uniform
 from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
 from flowstream.samplers import Systematic, Thin, chunk_size
 from flowstream.scored import Scoring, batch_temperatures, check_bad, check_stored, content_of, digest_of
@@ -275,7 +275,7 @@ class ResampledWindow:
     @own_numerics()
     def _fill(self) -> None:
         """Fill the window's batches; what they do not hold is carried over."""
-        recipe, seed = self._recipe, self.terms.seed(self._recipe.settings)
+        recipe = self._recipe
         self._losses = flatten(self._scores, recipe.settings.level)
         check_stored(self._losses, self.terms)
         check_bad(self._losses, self._pulled, self._scores, recipe, self.terms)
@@ -301,8 +301,7 @@ class ResampledWindow:
             groups, num_placed = fill_batches(
                 lengths[:ready], whole, self.shape.num_rows, self.shape.area, self._padding.multiple
             )
-        order = permutation(len(groups), seed) if self._padding.trims else range(len(groups))
-        self._groups = [[pool[i] for i in groups[j]] for j in order]
+        self._groups = [[pool[i] for i in group] for group in groups]
         self.carry = pool[num_placed:]
         counts = [sum(kept.count for kept in group) for group in self._groups]
         self._denominators = group_denominators(counts, recipe.settings)

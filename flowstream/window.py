@@ -35,33 +35,25 @@ def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def fill_batches(
     lengths: Sequence[int], num_batches: int, max_rows: int, max_area: int, multiple: int = 1
 ) -> tuple[list[list[int]], int]:
-    """Rows of these lengths, first come, first served, into at most `num_batches` batches of similar lengths.
+    """Rows of these lengths into at most `num_batches` batches, in their order.
 
     A batch has at most `max_rows` rows, and rows times its longest length, rounded up to a `multiple`, is at most
     `max_area` (or it holds a single row). Returns the batches, each a list of indices into `lengths`, and how many rows
-    they hold: always the first ones, so that no row waits for ever for being long.
+    they hold: always the first ones. Rows of like lengths are not brought together: that would save padding, but also
+    gather samples of one kind in one batch, which was measured to train worse (benchmarks/RESULTS.md).
 
     >>> fill_batches([5, 2, 9, 2, 5], num_batches=2, max_rows=2, max_area=20)
-    ([[1, 3], [0, 2]], 4)
+    ([[0, 1], [2, 3]], 4)
     """
-    low, high = 0, min(len(lengths), num_batches * max_rows)
-    best: list[list[int]] = []
-    while low < high:
-        middle = (low + high + 1) // 2
-        groups = _cut(lengths[:middle], max_rows, max_area, multiple)
-        if len(groups) <= num_batches:
-            low, best = middle, groups
-        else:
-            high = middle - 1
-    return best, low
-
-
-def _cut(lengths: Sequence[int], max_rows: int, max_area: int, multiple: int) -> list[list[int]]:
-    """Length-sorted runs of indices, each as long as the limits let it be."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        width = -(-lengths[i] // multiple) * multiple
-        if not groups or len(groups[-1]) == max_rows or (len(groups[-1]) + 1) * width > max_area > 0:
+    widest = 0
+    for i, length in enumerate(lengths):
+        width = -(-length // multiple) * multiple
+        widest = max(widest, width)
+        if not groups or len(groups[-1]) == max_rows or (len(groups[-1]) + 1) * widest > max_area > 0:
+            if len(groups) == num_batches:
+                return groups, i
             groups.append([])
+            widest = width
         groups[-1].append(i)
-    return groups
+    return groups, len(lengths)
