@@ -1,6 +1,6 @@
 """The fine-tuning set on disk, and on its way to the model: webdataset tar shards in, padded batches out."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def open_shards(
         problem = sample["json"]
         return problem["number"], encoder.encode(problem["question"], problem["worked"])
 
-    keep: Callable[[dict[str, Any]], bool] = lambda sample: only is None or sample["json"]["number"] in only  # noqa: E731
+    def keep(sample: dict[str, Any]) -> bool:
+        return only is None or sample["json"]["number"] in only
+
     shuffle_seed = _SEED_STRIDE * (seed + 1)
     loader: Iterable[dict[str, Tensor]] = (
         wds.WebDataset([str(shard) for shard in shards], shardshuffle=len(shards), detshuffle=True, seed=shuffle_seed)

@@ -55,7 +55,9 @@ def test_losses_taken_in_inference_mode_may_be_trained_on() -> None:
         (scores,) = Prescored().begin([BATCH], level="sample").finish()
         (unscored,) = Prescored().begin([BATCH], level="sample", needs_loss=False).finish()
     for loss in (scores.loss, unscored.loss):
-        (torch.ones(2, requires_grad=True) * loss).sum().backward()
+        factor = torch.ones(2, requires_grad=True)
+        (factor * loss).sum().backward()
+        assert torch.equal(factor.grad, loss)
 
 
 def test_nan_and_infinity_are_kept() -> None:
