@@ -5,6 +5,7 @@ those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream
 """
 
 from flowstream.digest import Digest
+from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
 from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
 from flowstream.samplers import Systematic, Thin
@@ -44,5 +45,6 @@ __all__ = [
     "WindowMedian",
     "stage",
     "weighted_cross_entropy",
+    "weighted_linear_cross_entropy",
     "weighted_lm_loss",
 ]

@@ -7,6 +7,8 @@ of the whole batch. It does with a *given* denominator: the `flow_denominator` o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,8 @@ def weighted_lm_loss(
     denominator**: `flow_denominator`, from `accumulate=k` and `include=("denominator",)`.
 
     Raises ValueError for shapes that do not fit and, where labels are on the CPU, for labels outside the vocabulary.
-    Labels on a GPU cost one synchronisation; left on the CPU, with the weight, they cost none.
+    Labels on a GPU cost one synchronisation; left on the CPU, with the weight, they cost none. Where logits are too
+    large to hold, `weighted_linear_cross_entropy` takes hidden states and the head.
 
     >>> logits, labels = torch.zeros(2, 3, 4), torch.tensor([[-100, 1, 2], [-100, -100, 3]])
     >>> weighted_lm_loss(logits, labels, torch.tensor([0.5, 0.2]))  # (0.5 · 2 + 0.2) · log 4 / 3
@@ -42,12 +45,9 @@ def weighted_lm_loss(
         raise ValueError(
             f"logits have shape {list(logits.shape)} and labels {list(labels.shape)}; give [B, T, V] and [B, T]"
         )
-    if labels.is_floating_point():
-        raise ValueError(f"labels have dtype {labels.dtype}; give integer token ids, -100 where ignored")
-    weights = _spread(weight, labels)
     # Labels move to the logits that predict them: cutting the logits instead would copy them all.
-    following = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
-    return _weighted_loss(logits, following, F.pad(weights[:, 1:], (0, 1)), denominator)
+    following, weights = next_tokens(labels, weight)
+    return _weighted_loss(logits, following, weights, denominator)
 
 
 def weighted_cross_entropy(
@@ -95,21 +95,51 @@ def _spread(weight: Tensor, like: Tensor) -> Tensor:
     return weight if weight.ndim == like.ndim else weight[:, None].expand_as(like)
 
 
-def _weighted_loss(logits: Tensor, target: Tensor, weight: Tensor, denominator: str | float | Tensor) -> Tensor:
-    """logits [..., C]; target [...] integer, or [..., C] probabilities; weight [...] fp32 on the target's device."""
+def next_tokens(labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [B, T] and the weight, fp32 [B, T], where they are predicted: entry t is that of label t + 1."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels have dtype {labels.dtype}; give integer token ids, -100 where ignored")
+    weights = _spread(weight, labels)
+    return F.pad(labels[:, 1:], (0, 1), value=_IGNORED), F.pad(weights[:, 1:], (0, 1))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The entries with a target and a weight other than 0; on the logits' device, but for the divisor."""
+
+    index: Tensor
+    """[n] among the entries of the target, flattened."""
+    target: Tensor
+    """[n] int64, or [n, C] fp32 probabilities."""
+    weight: Tensor
+    """[n] fp32."""
+    divisor: Tensor
+    """0-d fp32 above 0, on the device of the target: being 0-d it may divide what lies elsewhere."""
+
+
+def keep(target: Tensor, weight: Tensor, denominator: str | float | Tensor, num_classes: int, like: Tensor) -> Kept:
+    """target [...] integer, or [..., C] probabilities; weight [...] fp32 on its device; `like` is where logits are."""
     soft = target.is_floating_point()
     labelled = torch.ones_like(weight, dtype=torch.bool) if soft else target != _IGNORED
     kept = (labelled & (weight != 0)).flatten().nonzero().squeeze(1)
-    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, _place(kept, logits))
     picked = target.reshape(-1, target.shape[-1])[kept].float() if soft else target.flatten()[kept].long()
     if not soft and target.is_cpu:  # on a GPU this would be one more synchronisation
-        _check_classes(picked, logits.shape[-1])
-    nll = F.cross_entropy(rows.float(), _place(picked, logits), reduction="none")
-    total = (_place(weight.flatten()[kept], logits) * nll).sum()
-    return total / _divisor(denominator, labelled, weight)  # which may stay on the CPU, being 0-d
+        _check_classes(picked, num_classes)
+    divisor = _divisor(denominator, labelled, weight)
+    return Kept(_place(kept, like), _place(picked, like), _place(weight.flatten()[kept], like), divisor)
+
+
+def _weighted_loss(logits: Tensor, target: Tensor, weight: Tensor, denominator: str | float | Tensor) -> Tensor:
+    """logits [..., C]; target [...] integer, or [..., C] probabilities; weight [...] fp32 on the target's device."""
+    kept = keep(target, weight, denominator, logits.shape[-1], logits)
+    rows = logits.reshape(-1, logits.shape[-1]).index_select(0, kept.index)
+    nll = F.cross_entropy(rows.float(), kept.target, reduction="none")
+    return (kept.weight * nll).sum() / kept.divisor
 
 
 def _place(entries: Tensor, like: Tensor) -> Tensor:
+    if entries.is_cpu and like.is_cuda:
+        entries = entries.pin_memory()  # from pageable memory the copy would wait for its staging
     return entries.to(like.device, non_blocking=entries.is_cpu)  # towards the CPU it would not be safe
 
 
