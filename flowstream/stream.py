@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,6 +20,8 @@ from flowstream.recollate import Recollate
 from flowstream.running import Running
 from flowstream.scoring.base import Level, Scorer
 from flowstream.scoring.cache import LossCache
+from flowstream.scoring.disk_cache import DiskCache
+from flowstream.scoring.memory_cache import MemoryCache
 from flowstream.settings import Attach, Include, Mode, Sampler, Settings
 from flowstream.source import ReadAhead, ReplaySource
 from flowstream.temperature import RunningMedian, Temperature
@@ -62,9 +65,11 @@ class FlowStream(IterableDataset[Any]):
             the k batches that share a step: dividing each loss by it gives the gradient of one large batch. An epoch's
             last step may have fewer.
         recollate: how rows of different batches meet in resample mode: "pad", or a collate function over samples.
-        cache: "memory": losses are kept, and a second epoch scores nothing; or `None`.
+        cache: "memory": losses are kept, up to 256 MB, and a second epoch scores nothing; a path on a local disk: a
+            folder that keeps them for later runs and for other processes of the node; or `None`. An entry belongs to
+            the reference, its dtype and the level, and to the sample's content.
         cache_key: a field of the batch with an entry a row that names the sample for the cache, in place of its content
-            (augmented images: "__key__").
+            (augmented images: "__key__"). Names must then be unique over all data that share a path.
         seed: of the draws in resample mode, and of `Permuted`.
         max_bad_fraction: of a window's losses, how many may be NaN or infinite before it is an error.
         progress: show one line in the terminal, and a bar while the first window is scored.
@@ -89,7 +94,7 @@ class FlowStream(IterableDataset[Any]):
         max_window_bytes: int = 2**30,
         accumulate: int = 1,
         recollate: Literal["pad"] | Recollate = "pad",
-        cache: Literal["memory"] | None = "memory",
+        cache: Literal["memory"] | str | os.PathLike[str] | None = "memory",
         cache_key: str | None = None,
         seed: int = 0,
         max_bad_fraction: float = 0.05,
@@ -120,11 +125,9 @@ class FlowStream(IterableDataset[Any]):
                 f"{type(scorer).__name__} has no losses at level {level!r}: it must be a scorer such as "
                 "CausalLMScorer(model), and have that level"
             )
-        if cache not in ("memory", None):
-            raise ValueError(f"cache is {cache!r}: choose 'memory' or None")
         self._loader = loader
         self._scorer = scorer
-        self._cache = LossCache() if cache == "memory" else None
+        self._cache = _cache_of(cache)
         self._progress = Progress() if progress else None
         self._running = Running(self._settings)
         self._reader = ReadAhead(ReplaySource(loader))
@@ -200,6 +203,8 @@ class FlowStream(IterableDataset[Any]):
             self._loaded = self.state_dict()
         self._end_active()
         self._reader.close()
+        if self._cache is not None:
+            self._cache.close()
         if self._progress is not None:
             self._progress.close()
         self._closed = True
@@ -346,6 +351,14 @@ class FlowIterator:
         except Exception as error:
             error.add_note(f"flowstream: in {self._epoch.where}")
             raise
+
+
+def _cache_of(cache: object) -> LossCache | None:
+    if cache is None:
+        return None
+    if not isinstance(cache, str | os.PathLike) or not os.fspath(cache):
+        raise ValueError(f"cache is {cache!r}: choose 'memory', a path, or None")
+    return MemoryCache() if cache == "memory" else DiskCache(cache)
 
 
 def _epoch_listeners(loader: Any) -> list[Callable[[int], None]]:

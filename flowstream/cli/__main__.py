@@ -6,6 +6,7 @@ from typing import Protocol
 
 import tyro
 
+from flowstream.cli.cache import Cache
 from flowstream.cli.demo import Demo
 
 
@@ -16,7 +17,7 @@ class Command(Protocol):
         """Do it. What the user did wrong is a ValueError or OSError, whose message says what to do."""
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"demo": Demo}
+COMMANDS: dict[str, Callable[..., Command]] = {"cache": Cache, "demo": Demo}
 """Name on the command line → options. A module of a command imports torch in `run`, not before."""
 
 
