@@ -17,6 +17,7 @@ lint: .venv/test.done .venv/lint.done
 	$(BIN)/mypy
 
 bench: .venv/test.done
+	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/digest.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/temperature.py
@@ -37,6 +38,7 @@ clean:
 
 .venv/test.done: .venv/demo.done
 	$(PIP) --editable '.[datasets,torchdata]'
+	$(PIP) --editable '.[accelerate,peft,trl]'
 	$(PIP) --editable '.[test]'
 	touch $@
 

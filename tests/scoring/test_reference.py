@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -120,20 +122,96 @@ def test_fingerprints_tell_references_apart(tiny: Any) -> None:
     assert Reference(model).fingerprint("a") != Reference(model).fingerprint("b")
 
 
-class PeftModel(nn.Module):
-    """Has what peft's models have."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base_model = base
-        self.peft_config = {"default": object()}
-
-    def forward(self, input_ids: Any) -> Any: ...
+def losses(scorer: CausalLMScorer) -> torch.Tensor:
+    (scores,) = scorer.begin([{"input_ids": torch.arange(3, 35).reshape(2, 16)}], level="sample").finish()
+    return scores.loss
 
 
-def test_adapters_are_refused(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"PEFT adapters, .* base model"):
-        CausalLMScorer(PeftModel(tiny("llama")))
+@pytest.mark.parametrize("sharing", [False, True])
+def test_what_a_trainer_put_over_the_forward_is_not_followed(tiny: Any, sharing: bool) -> None:
+    model = tiny("llama").requires_grad_(False)
+    wanted = losses(CausalLMScorer(model))
+
+    def patch(input_ids: torch.Tensor, fused: bool = False) -> Any:
+        raise AssertionError("followed")
+
+    model.forward = patch
+    names = list(vars(model))
+    scorer = CausalLMScorer(model, copy=sharing)
+    assert losses(scorer).equal(wanted)
+    model.forward = patch  # a trainer made after the scorer
+    assert losses(scorer).equal(wanted)
+    assert model.forward is patch
+    assert list(vars(model)) == names
+
+
+def test_a_forward_that_only_the_instance_has_is_the_models() -> None:
+    model = nn.Module()
+    model.layer = nn.Linear(4, 3).requires_grad_(False)
+    model.forward = lambda x: model.layer(x)
+    batch = (torch.ones(2, 4), torch.tensor([0, 1]))
+    for sharing in (False, True):
+        scorer = ClassifierScorer(model, copy=sharing)
+        (scores,) = scorer.begin([batch], level="sample").finish()
+        wanted = nn.functional.cross_entropy(model.layer(batch[0]), batch[1], reduction="none")
+        torch.testing.assert_close(scores.loss, wanted)
+
+
+def test_a_forward_under_autocast_is_scored_in_full_precision(tiny: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny("llama").requires_grad_(False), torch.arange(3, 35).reshape(2, 16)
+    wanted, logits = losses(CausalLMScorer(model)), model(input_ids=ids).logits
+    accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        assert not prepared(input_ids=ids).logits.equal(logits)
+        assert losses(CausalLMScorer(prepared)).equal(wanted)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_hooks_that_spread_a_model_over_devices_stay_in_the_way(tiny: Any, sharing: bool) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+
+    class Hook(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append("before")
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            calls.append("after")
+            return output
+
+    model, ids = tiny("llama").requires_grad_(False), torch.arange(3, 35).reshape(2, 16)
+    wanted = model(input_ids=ids).logits
+    hooks.add_hook_to_module(model, Hook())
+    reference = Reference(model, copy=sharing)
+    reference.model.forward = lambda **_: None  # a trainer's, over the hook
+    with reference.frozen() as frozen:
+        assert frozen(input_ids=ids).logits.equal(wanted)
+    assert calls == ["before", "after"]
+
+
+def test_partitioned_parameters_are_refused(tiny: Any) -> None:
+    model = tiny("llama").requires_grad_(False)
+    scorer = CausalLMScorer(model)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it took apart
+    with pytest.raises(ValueError, match=r"partitioned by DeepSpeed ZeRO-3.*from_pretrained"):
+        CausalLMScorer(model)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        losses(scorer)
+
+
+def test_plain_models_do_not_load_peft() -> None:
+    """In a process of its own: the tests load it."""
+    code = (
+        "import sys, torch; from flowstream.scoring.reference import Reference; "
+        "reference = Reference(torch.nn.Linear(2, 2)); reference.check(); "
+        "reference.frozen().__enter__(); assert 'peft' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wrappers_are_looked_through(tiny: Any) -> None:
