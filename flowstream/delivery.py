@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowstream.batch import attach, device_of
+from flowstream.scoring.device import copied_to
 from flowstream.settings import Settings
 
 
@@ -26,7 +27,7 @@ class Delivery:
         device = device_of(self.batch)
         named = {} if self.weight is None else {"flow_weight": self.weight}
         # Copies: what was cut from a window's tensor would share its storage, and its version, with other batches.
-        own = {name: value.to(device, copy=True) for name, value in {**named, **self.extras}.items()}
+        own = {name: copied_to(value, device) for name, value in {**named, **self.extras}.items()}
         if settings.attach == "key":
             return attach(self.batch, own)
         weight = own.pop("flow_weight")

@@ -2,34 +2,97 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Micro-batches over a whole window: lists of indices into `lengths`, longest samples first.
+class Layout(Protocol):
+    """How samples are brought together in a micro-batch: as rows that are padded, or one after the other."""
 
-    Samples are sorted by length (stable: equals keep their order), then cut so that `max_length * count <= budget` in
-    every micro-batch; a sample longer than the budget is a micro-batch of its own. Every index appears once. Pure: the
-    same lengths give the same plan. `ValueError` for a budget below 1 or a negative length.
+    def plan(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
+        """Micro-batches over a whole window: lists of indices into `lengths`, longest samples first.
 
-    >>> plan([3, 9, 4, 2], budget=9)
+        Samples are sorted by length (stable: equals keep their order), then cut so that the `size` of each micro-batch
+        is within the budget; a sample longer than it is a micro-batch of its own. Every index appears once. Pure: the
+        same lengths give the same plan. `ValueError` for a budget below 1 or a negative length.
+        """
+
+    def size(self, lengths: Sequence[int]) -> int:
+        """Tokens of a micro-batch of samples of these lengths, with what fills it up."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Each sample a row, as long as the longest.
+
+    >>> Padded().plan([3, 9, 4, 2], budget=9)
     [[1], [2, 0], [3]]
     """
+
+    def plan(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
+        micro_batches: list[list[int]] = []
+        room = 0
+        for index in _longest_first(lengths, budget):
+            if room == 0:
+                micro_batches.append([])
+                room = max(budget // max(lengths[index], 1), 1)
+            micro_batches[-1].append(index)
+            room -= 1
+        return micro_batches
+
+    def size(self, lengths: Sequence[int]) -> int:
+        return max(lengths) * len(lengths)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples one after the other in a single row, without padding between them.
+
+    The packs of a window are of like size, and filled up to one of few shapes.
+
+    >>> Packed().plan([3, 9, 4, 2], budget=10)
+    [[1], [2, 0, 3]]
+    >>> Packed(multiple=8).size([4, 3, 2])
+    16
+    """
+
+    multiple: int = 1
+    """A pack's size is a multiple of it: few shapes, where each new one costs (memory pools, compilation)."""
+
+    def plan(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
+        packs: list[list[int]] = []
+        budget = max(budget // self.multiple, 1) * self.multiple if budget > 0 else budget
+        left, size, target = sum(lengths), 0, 0
+        for index in _longest_first(lengths, budget):
+            length = lengths[index]
+            if not packs or size + length > target:
+                # What is left, in as few packs as the budget allows, all of like size. Samples do not fit exactly: half
+                # of one is what a pack overshoots or lacks.
+                num_packs = -(-left // budget) or 1
+                target = min(self._filled(left / num_packs + length / 2), budget)
+                packs.append([])
+                size = 0
+            packs[-1].append(index)
+            size += length
+            left -= length
+        return packs
+
+    def size(self, lengths: Sequence[int]) -> int:
+        return self._filled(sum(lengths))
+
+    def _filled(self, size: float) -> int:
+        return math.ceil(size / self.multiple) * self.multiple
+
+
+def _longest_first(lengths: Sequence[int], budget: int) -> list[int]:
+    """Memory runs out at the first step, if at all, and later micro-batches fit in what it freed."""
     if budget < 1:
         raise ValueError(f"a micro-batch needs a budget of at least 1 token, not {budget}")
-    micro_batches: list[list[int]] = []
-    room = 0
-    # Longest first: memory runs out at the first step, if at all, and later micro-batches fit in what it freed.
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length < 0:
-            raise ValueError(f"sample {index} has length {length}: a length is at least 0")
-        if room == 0:
-            micro_batches.append([])
-            room = max(budget // max(length, 1), 1)
-        micro_batches[-1].append(index)
-        room -= 1
-    return micro_batches
+    if lengths and (shortest := min(lengths)) < 0:
+        raise ValueError(f"sample {lengths.index(shortest)} has length {shortest}: a length is at least 0")
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def fill_batches(

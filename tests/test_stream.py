@@ -604,7 +604,7 @@ def test_what_weakens_the_weights_is_told_once(caplog):
         ({"accumulate": 0}, "accumulate is 0"),
         ({"max_bad_fraction": 2}, "max_bad_fraction is 2"),
         ({"temperature": 1.5}, "temperature is 1.5"),
-        ({"cache": "/tmp/x"}, "cache is '/tmp/x'"),
+        ({"cache": 3}, "cache is 3"),
         ({"mode": "resample", "level": "token"}, "whole samples, not tokens"),
         ({"mode": "resample", "temperature": fs.WindowMedian()}, "circular"),
         ({"mode": "resample", "normalize": True}, "normalize=True has no effect"),
@@ -661,7 +661,7 @@ def test_a_second_epoch_scores_nothing_and_changes_no_weight(tiny):
     stream = fs.FlowStream(batches, fs.CausalLMScorer(tiny("llama")), temperature=fs.FixedTemperature(3.0))
     first = gathered(list(stream), "flow_weight")
     assert stream.metrics()["flow/cache_hit_rate"] == 0
-    assert stream.metrics()["flow/padding_fraction"] > 0
+    assert stream.metrics()["flow/padding_fraction"] == 0  # packs have none
     assert torch.equal(gathered(list(stream), "flow_weight"), first)
     assert stream.metrics()["flow/cache_hit_rate"] == 0.5
     without = fs.FlowStream(batches, fs.CausalLMScorer(tiny("llama")), temperature=fs.FixedTemperature(3.0), cache=None)

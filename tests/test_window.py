@@ -4,53 +4,91 @@ from __future__ import annotations
 
 import doctest
 import itertools
+import math
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowstream import window
-from flowstream.window import fill_batches, plan
+from flowstream.window import Layout, Packed, Padded, fill_batches
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=60)
 BUDGETS = st.integers(1, 200)
 
 
-@given(LENGTHS, BUDGETS)
-def test_every_sample_is_planned_once(lengths: list[int], budget: int) -> None:
-    assert sorted(i for group in plan(lengths, budget) for i in group) == list(range(len(lengths)))
+LAYOUTS = st.sampled_from([Padded(), Packed(), Packed(multiple=8)])
+
+
+@given(LAYOUTS, LENGTHS, BUDGETS)
+def test_every_sample_is_planned_once(layout: Layout, lengths: list[int], budget: int) -> None:
+    assert sorted(i for group in layout.plan(lengths, budget) for i in group) == list(range(len(lengths)))
 
 
 @given(LENGTHS, BUDGETS)
-def test_a_micro_batch_fits_the_budget_or_is_a_single_sample(lengths: list[int], budget: int) -> None:
-    for group in plan(lengths, budget):
+def test_padded_rows_fit_the_budget_or_are_a_single_sample(lengths: list[int], budget: int) -> None:
+    for group in Padded().plan(lengths, budget):
         assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= budget
 
 
-@given(LENGTHS, BUDGETS)
-def test_samples_are_sorted_and_equals_keep_their_order(lengths: list[int], budget: int) -> None:
-    order = [i for group in plan(lengths, budget) for i in group]
+@given(st.integers(1, 16), LENGTHS, BUDGETS)
+def test_a_filled_pack_fits_the_budget_or_is_a_single_sample(multiple: int, lengths: list[int], budget: int) -> None:
+    layout = Packed(multiple)
+    for group in layout.plan(lengths, budget):
+        size = layout.size([lengths[i] for i in group])
+        assert sum(lengths[i] for i in group) <= size < sum(lengths[i] for i in group) + multiple
+        assert size % multiple == 0
+        assert len(group) == 1 or size <= max(budget, multiple)
+
+
+@given(LAYOUTS, LENGTHS, BUDGETS)
+def test_samples_are_sorted_and_equals_keep_their_order(layout: Layout, lengths: list[int], budget: int) -> None:
+    order = [i for group in layout.plan(lengths, budget) for i in group]
     assert order == [i for _, i in sorted((-length, i) for i, length in enumerate(lengths))]
 
 
 @given(LENGTHS, BUDGETS)
 def test_no_two_neighbouring_micro_batches_would_fit_in_one(lengths: list[int], budget: int) -> None:
-    groups = plan(lengths, budget)
+    groups = Padded().plan(lengths, budget)
     for one, other in itertools.pairwise(groups):
         assert max(lengths[one[0]], 1) * (len(one) + 1) > budget
         assert lengths[one[-1]] >= lengths[other[0]]
 
 
-def test_nothing_to_plan() -> None:
-    assert plan([], 8) == []
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(100, 400))
+def test_packs_are_few_and_of_like_size(lengths: list[int], budget: int) -> None:
+    sizes = [sum(lengths[i] for i in group) for group in Packed().plan(lengths, budget)]
+    fewest = math.ceil(sum(lengths) / budget)
+    assert fewest <= len(sizes) <= math.ceil(sum(lengths) / (budget - max(lengths))) + 1
+    assert max(sizes) - min(sizes) <= 3 * max(lengths) or len(sizes) > fewest
 
 
+def test_windows_of_one_kind_have_few_shapes_and_little_filling() -> None:
+    generator = random.Random(0)
+    layout, shapes, filled, real = Packed(multiple=1024), set(), 0, 0
+    for _ in range(50):
+        lengths = [min(int(generator.lognormvariate(5.2, 0.5)), 1024) for _ in range(256)]
+        packs = [[lengths[i] for i in pack] for pack in layout.plan(lengths, 16384)]
+        shapes |= {layout.size(pack) for pack in packs}
+        filled += sum(map(layout.size, packs))
+        real += sum(map(sum, packs))
+    assert len(shapes) <= 16
+    assert filled / real < 1.05
+
+
+@pytest.mark.parametrize("layout", [Padded(), Packed(), Packed(8)])
+def test_nothing_to_plan(layout: Layout) -> None:
+    assert layout.plan([], 8) == []
+
+
+@pytest.mark.parametrize("layout", [Padded(), Packed(), Packed(8)])
 @pytest.mark.parametrize(
     ("lengths", "budget", "message"), [([1], 0, "at least 1 token"), ([3, -1], 4, "sample 1 has length -1")]
 )
-def test_bad_input_is_refused(lengths: list[int], budget: int, message: str) -> None:
+def test_bad_input_is_refused(layout: Layout, lengths: list[int], budget: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(lengths, budget)
+        layout.plan(lengths, budget)
 
 
 # Filling batches

@@ -15,19 +15,11 @@ from torch import Tensor, nn
 
 from flowstream.batch import is_array
 from flowstream.scoring.base import Job, Level
-from flowstream.scoring.cache import LossCache, content_key, row_key
-from flowstream.scoring.head import logits_of, token_losses
-from flowstream.scoring.job import Budget, Reading, Sample, WindowJob
-from flowstream.scoring.language import (
-    Language,
-    Whole,
-    check_logits,
-    further_inputs,
-    labelled,
-    read_whole,
-    run_whole,
-    without_cache,
-)
+from flowstream.scoring.cache import LossCache, Namespace, content_key, row_key
+from flowstream.scoring.estimate import Estimate, estimate
+from flowstream.scoring.forward import Document, Forward
+from flowstream.scoring.job import Reading, Sample
+from flowstream.scoring.language import Language, Whole, further_inputs, labelled, read_whole, run_whole
 from flowstream.scoring.reading import (
     IGNORED,
     Integers,
@@ -37,26 +29,15 @@ from flowstream.scoring.reading import (
     integers,
     mask_of,
     named_fields,
-    right_padded,
     same_shape,
-    to_device,
 )
-from flowstream.scoring.reference import Copy, Reference
+from flowstream.scoring.reference import Copy, TrainedAdapters
+from flowstream.scoring.runtime import Runtime, loaded
 
 _VERSION = 1
 """Raised when a change here moves losses: it is part of every cache key."""
 
 _logger = logging.getLogger("flowstream")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Document:
-    """What is left of a sample: the tokens up to the last one that predicts, and what they predict."""
-
-    ids: Integers
-    """[n]"""
-    targets: Integers
-    """[n] the label that each token predicts, -100 for none."""
 
 
 class CausalLMScorer:
@@ -76,6 +57,9 @@ class CausalLMScorer:
     back after each step; training it raises at the next window), `True` always copies. `token_budget`: tokens a
     micro-batch, padding included (4096 on a CPU, else 16384); halved for good when memory runs out.
 
+    A PEFT model is shared, never copied: its base is the reference, scored with the adapters off while they train.
+    Adapters that were already trained are refused, unless `trained_adapters="ignore"` says that the base is meant.
+
     >>> scorer = CausalLMScorer.from_pretrained("meta-llama/Llama-3.2-1B", dtype="bfloat16")  # doctest: +SKIP
     """
 
@@ -87,15 +71,24 @@ class CausalLMScorer:
         *,
         copy: Copy = "auto",
         token_budget: int | None = None,
+        max_head_bytes: int = 2**28,
+        compile: bool = False,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
-        self._reference = Reference(model, copy=copy, device=device)
+        self._runtime = Runtime(
+            model, copy=copy, token_budget=token_budget, device=device, trained_adapters=trained_adapters
+        )
+        self._reference = self._runtime.reference
         if "input_ids" not in self._reference.accepted:
             raise ValueError(f"{type(model).__name__}.forward takes no input_ids: it is no causal language model")
         self._language = Language.of(self._reference)
-        self._budget = Budget.of(token_budget, self._reference.device)
-        self._fingerprint = self._reference.fingerprint(type(self).__name__, _VERSION)
+        self._forward = Forward(
+            self._reference, self._language, self._runtime.lane, max_head_bytes=max_head_bytes, compile=compile
+        )
+        self._runtime.identify(self, _VERSION, self._forward.described)
         self._told_padding = False
+        _logger.info("scoring with %s: %s", type(model).__name__, self.estimate())
 
     @classmethod
     def from_pretrained(
@@ -103,17 +96,26 @@ class CausalLMScorer:
         name_or_path: str,
         *,
         token_budget: int | None = None,
+        max_head_bytes: int = 2**28,
+        compile: bool = False,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> CausalLMScorer:
-        """A scorer with a model of its own. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
+        """A scorer with a model of its own. `kwargs` go to `AutoModelForCausalLM.from_pretrained`: `dtype`,
+        `quantization_config`, `revision` …"""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs).requires_grad_(False).eval()
-        model = model if device is None else model.to(device)
-        return cls(model, copy=False, token_budget=token_budget)
+        model = loaded(AutoModelForCausalLM, name_or_path, device, **kwargs)
+        return cls(model, copy=False, token_budget=token_budget, max_head_bytes=max_head_bytes, compile=compile)
 
-    @torch.inference_mode(False)
+    def estimate(self) -> Estimate:
+        """The memory and the operations that scoring takes, at the present token budget. Told in the log at the start.
+
+        Logged by the logger "flowstream" at level INFO, with the way that the reference is scored.
+        """
+        num_tokens = self._runtime.budget.tokens
+        return estimate(self._reference, num_tokens, self._forward.head_bytes(num_tokens))
+
     def begin(
         self,
         batches: Sequence[Any],
@@ -123,29 +125,32 @@ class CausalLMScorer:
         row_keys: Sequence[Sequence[object]] | None = None,
         needs_loss: bool = True,
     ) -> Job:
-        namespace = f"{self._fingerprint} {level}".encode()
-        keys = row_keys if row_keys is not None and cache is not None else [None] * len(batches)
-        readings = [
-            self._read(batch, Place(number), namespace, keys_of_rows)
-            for number, (batch, keys_of_rows) in enumerate(zip(batches, keys, strict=True))
-        ]
-        return WindowJob(readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss)
+        return self._runtime.begin(
+            batches,
+            self._read,
+            self._run,
+            level=level,
+            cache=cache,
+            row_keys=row_keys,
+            needs_loss=needs_loss,
+            layout=self._forward.layout,
+        )
 
     def check(self) -> None:
         self._reference.check()
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._runtime.fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        return self._budget.state_dict()
+        return self._runtime.budget.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._budget.load_state_dict(state)
+        self._runtime.budget.load_state_dict(state)
 
     # Reading
 
-    def _read(self, batch: Any, place: Place, namespace: bytes, row_keys: Sequence[object] | None) -> Reading:
+    def _read(self, batch: Any, place: Place, namespace: Namespace, row_keys: Sequence[object] | None) -> Reading:
         named = named_fields(batch, place, "input_ids")
         further = further_inputs(named, ("input_ids", "attention_mask", "position_ids"), self._reference, place)
         if "input_ids" not in named and "inputs_embeds" not in further:
@@ -202,7 +207,7 @@ class CausalLMScorer:
         mask: NDArray[np.bool_],
         positions: Integers | None,
         place: Place,
-        namespace: bytes,
+        namespace: Namespace,
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """Each row, or each document of a packed row, as a sample of its own."""
@@ -220,13 +225,14 @@ class CausalLMScorer:
             # Causal: what comes after the last label changes nothing.
             last = int(predicted[end - 1]) if end > begin else start
             self._language.check_length(last - start, row, place)
-            document = _Document(flat_ids[start:last], flat_labels[start + 1 : last + 1])
+            document = Document(flat_ids[start:last], flat_labels[start + 1 : last + 1])
             if row_keys is None:
                 key = content_key(namespace, document.ids, document.targets)
             else:
                 within = number - int(np.searchsorted(layout.rows, row))
                 key = row_key(namespace, row_keys[row], within, end - begin)
-            samples.append(Sample(key, last - start, last - start, end - begin, document))
+            length = last - start
+            samples.append(Sample(key, length, length, end - begin, document, self._language.rope_group(length)))
         return Reading(
             samples,
             (ids.shape[0], ids.shape[1]),
@@ -241,7 +247,7 @@ class CausalLMScorer:
         mask: NDArray[np.bool_],
         labels: Integers,
         place: Place,
-        namespace: bytes,
+        namespace: Namespace,
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """All rows as they are, with all inputs."""
@@ -298,20 +304,7 @@ class CausalLMScorer:
     def _run(self, samples: list[Sample]) -> Tensor:
         if isinstance(samples[0].content, Whole):
             return run_whole(self._reference, samples[0].content)
-        documents: list[_Document] = [sample.content for sample in samples]
-        ids = right_padded([document.ids for document in documents], self._language.pad_id or 0)
-        targets = right_padded([document.targets for document in documents], IGNORED).reshape(-1)
-        lengths = np.array([len(document.ids) for document in documents])
-        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        rows = np.flatnonzero(targets != IGNORED)
-        with self._reference.frozen() as model:
-            device = self._reference.device
-            inputs = {"input_ids": to_device(ids, device)}
-            if "attention_mask" in self._reference.accepted:
-                inputs["attention_mask"] = to_device(mask, device)
-            logits = logits_of(model(**inputs, **without_cache(self._reference)))
-            check_logits(logits, (len(documents), ids.shape[1]))
-            return token_losses(logits, to_device(rows, device), to_device(targets[rows], device))
+        return self._forward.losses([sample.content for sample in samples])
 
 
 @dataclass(frozen=True, slots=True)

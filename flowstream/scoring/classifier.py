@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from flowstream.batch import fields, is_array
 from flowstream.scoring.base import Job, Level
-from flowstream.scoring.cache import LossCache, content_key, row_key
+from flowstream.scoring.cache import LossCache, Namespace, content_key, row_key
 from flowstream.scoring.head import logits_of
-from flowstream.scoring.job import Budget, Reading, Sample, WindowJob
+from flowstream.scoring.job import Reading, Sample
 from flowstream.scoring.language import Language, without_cache
 from flowstream.scoring.reading import (
     IGNORED,
@@ -28,7 +28,8 @@ from flowstream.scoring.reading import (
     mask_of,
     to_device,
 )
-from flowstream.scoring.reference import Copy, Reference
+from flowstream.scoring.reference import Copy, TrainedAdapters
+from flowstream.scoring.runtime import Runtime, loaded
 
 _VERSION = 1
 """Raised when a change here moves losses: it is part of every cache key."""
@@ -64,7 +65,8 @@ class ClassifierScorer:
     `config.problem_type == "multi_label_classification"`, [B, C] of 0 to 1: binary cross-entropy, mean over labels.
     Regression is refused: `FunctionScorer` takes any loss.
 
-    `copy` is that of `CausalLMScorer`; of `token_budget`, an image takes a token for each 16 x 16 patch.
+    `copy` and `trained_adapters` are those of `CausalLMScorer`; of `token_budget`, an image takes a token for each
+    16 x 16 patch.
     """
 
     levels: frozenset[Level] = frozenset({"sample"})
@@ -76,8 +78,12 @@ class ClassifierScorer:
         copy: Copy = "auto",
         token_budget: int | None = None,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
-        self._reference = Reference(model, copy=copy, device=device)
+        self._runtime = Runtime(
+            model, copy=copy, token_budget=token_budget, device=device, trained_adapters=trained_adapters
+        )
+        self._reference = self._runtime.reference
         config = self._reference.config
         kind = getattr(config, "problem_type", None)
         if kind == "regression":
@@ -90,8 +96,7 @@ class ClassifierScorer:
         self._language = Language.of(self._reference)
         # Classifiers on a causal model read the last token that is not padding, and refuse to guess which that is.
         self._pads = config is None or self._language.pad_id is not None
-        self._budget = Budget.of(token_budget, self._reference.device)
-        self._fingerprint = self._reference.fingerprint(type(self).__name__, _VERSION, kind)
+        self._runtime.identify(self, _VERSION, kind)
 
     @classmethod
     def from_pretrained(
@@ -107,11 +112,9 @@ class ClassifierScorer:
         from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
         auto: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-        model = auto.from_pretrained(name_or_path, **kwargs).requires_grad_(False).eval()
-        model = model if device is None else model.to(device)
+        model = loaded(auto, name_or_path, device, **kwargs)
         return cls(model, copy=False, token_budget=token_budget)
 
-    @torch.inference_mode(False)
     def begin(
         self,
         batches: Sequence[Any],
@@ -123,29 +126,29 @@ class ClassifierScorer:
     ) -> Job:
         if level != "sample":
             raise ValueError("a classifier has one loss a sample: for level='token' use a language-model scorer")
-        namespace = f"{self._fingerprint} {level}".encode() if cache is not None else None
-        keys = row_keys if row_keys is not None and cache is not None else [None] * len(batches)
-        readings = [
-            self._read(batch, Place(number), namespace, keys_of_rows)
-            for number, (batch, keys_of_rows) in enumerate(zip(batches, keys, strict=True))
-        ]
-        return WindowJob(readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss)
+        # Without a cache no key is needed: hashing images costs.
+        read = self._read if cache is not None else self._read_without_key
+        return self._runtime.begin(
+            batches, read, self._run, level=level, cache=cache, row_keys=row_keys, needs_loss=needs_loss
+        )
 
     def check(self) -> None:
         self._reference.check()
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._runtime.fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        return self._budget.state_dict()
+        return self._runtime.budget.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._budget.load_state_dict(state)
+        self._runtime.budget.load_state_dict(state)
 
     # Reading
 
-    def _read(self, batch: Any, place: Place, namespace: bytes | None, row_keys: Sequence[object] | None) -> Reading:
+    def _read(
+        self, batch: Any, place: Place, namespace: Namespace | None, row_keys: Sequence[object] | None
+    ) -> Reading:
         inputs, labels = self._split(batch, place)
         targets, labelled = self._targets(labels, place)
         for name, value in inputs.items():
@@ -173,6 +176,11 @@ class ClassifierScorer:
             count = int(labelled[row])
             samples.append(Sample(key, length, num_tokens, count, _Row(values, target), self._group(values, target)))
         return Reading(samples)
+
+    def _read_without_key(
+        self, batch: Any, place: Place, namespace: Namespace, row_keys: Sequence[object] | None
+    ) -> Reading:
+        return self._read(batch, place, None, row_keys)
 
     def _split(self, batch: Any, place: Place) -> tuple[dict[str, Tensor], Any]:
         """The inputs of the forward by argument, and the labels."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flowstream.scoring.base import Cost, Level, Scores
 from flowstream.scoring.cache import LossCache
+from flowstream.scoring.device import Fetched, Lane
 from flowstream.scoring.reading import Integers
-from flowstream.window import plan
+from flowstream.window import Layout, Padded
 
 _logger = logging.getLogger("flowstream")
 
@@ -117,6 +118,9 @@ class WindowJob:
         *,
         level: Level,
         budget: Budget,
+        lane: Lane,
+        layout: Layout,
+        on_last: Callable[[], None] | None = None,
         cache: LossCache | None = None,
         needs_loss: bool = True,
     ) -> None:
@@ -124,10 +128,14 @@ class WindowJob:
         self._run = run
         self._level = level
         self._budget = budget
+        self._lane = lane
+        self._layout = layout
+        self._on_last = on_last
         self._cache = cache
         self._needs_loss = needs_loss
         self._losses: dict[bytes, NDArray[Any]] = {}
         self._pending: list[tuple[list[Sample], Tensor]] = []
+        self._fetched: Fetched | None = None
         self.cost = Cost()
         missing = self._look_up() if needs_loss else []
         self._queue = deque(self._micro_batches(missing))
@@ -137,12 +145,20 @@ class WindowJob:
         """Enqueue one micro-batch; where memory runs out, a smaller one."""
         if not self._queue:
             return
+        if not self._pending:
+            self._lane.follow()
         while (losses := self._try(self._queue[0])) is None:
             self._halve()
         samples = self._queue.popleft()
         self._pending.append((samples, losses))
         self.num_steps = len(self._queue)
-        self.cost += Cost(num_tokens=sum(s.num_tokens for s in samples), num_padded=_padded(samples))
+        self.cost += Cost(num_tokens=sum(s.num_tokens for s in samples), num_padded=self._padded(samples))
+        if not self._queue:
+            # On its way while the rest of the window before this one is trained on.
+            with self._lane.entered():
+                self._fetched = self._lane.fetch(torch.cat([losses for _, losses in self._pending]).float())
+                if self._on_last is not None:
+                    self._on_last()
 
     @torch.inference_mode(False)  # or the caller's mode would give weights that no backward takes
     def finish(self) -> list[Scores]:
@@ -180,7 +196,8 @@ class WindowJob:
                 planned.append([s for r in self._readings for s in r.samples if s.group == group and s.count])
             else:
                 lengths = [member.length for member in members]
-                planned += [[members[i] for i in indices] for indices in plan(lengths, self._budget.tokens)]
+                cuts = self._layout.plan(lengths, self._budget.tokens)
+                planned += [[members[i] for i in indices] for indices in cuts]
         return planned
 
     # Running
@@ -188,16 +205,18 @@ class WindowJob:
     def _try(self, samples: list[Sample]) -> Tensor | None:
         """The losses, or `None` where memory ran out and a smaller micro-batch may fit."""
         try:
-            return self._run(samples)
+            with self._lane.entered():
+                return self._run(samples)
         except torch.OutOfMemoryError as error:
             if samples[0].whole:
                 raise RuntimeError(
-                    f"the scorer ran out of memory on a batch of {len(samples)} rows ({_size(samples)} tokens), which "
-                    "has inputs that cannot be split: make the loader's batches smaller, or score on another device"
+                    f"the scorer ran out of memory on a batch of {len(samples)} rows ({self._size(samples)} tokens), "
+                    "which has inputs that cannot be split: make the loader's batches smaller, or score on another "
+                    "device"
                 ) from error
             if len(samples) == 1:
                 raise RuntimeError(
-                    f"the scorer ran out of memory on a single sample of {_size(samples)} tokens (the budget of a "
+                    f"the scorer ran out of memory on a single sample of {self._size(samples)} tokens (the budget of a "
                     f"micro-batch is {self._budget.tokens}): truncate the samples, free memory for the reference, load "
                     "it in a smaller dtype, or score on another device"
                 ) from error
@@ -208,21 +227,33 @@ class WindowJob:
 
     def _halve(self) -> None:
         """Plan anew what is left, under half of what did not fit."""
-        self._budget.halve(_size(self._queue[0]))
+        self._budget.halve(self._size(self._queue[0]))
         left = [micro_batch for micro_batch in self._queue if not micro_batch[0].whole]
         whole = [micro_batch for micro_batch in self._queue if micro_batch[0].whole]
         self._queue = deque(self._micro_batches(s for micro_batch in left for s in micro_batch))
         self._queue.extend(whole)
         self.num_steps = len(self._queue)
 
+    def _size(self, samples: list[Sample]) -> int:
+        """What a micro-batch takes of the budget."""
+        return self._layout_of(samples).size([sample.length for sample in samples])
+
+    def _padded(self, samples: list[Sample]) -> int:
+        """What the reference reads of a micro-batch, with padding."""
+        return self._layout_of(samples).size([sample.num_tokens for sample in samples])
+
+    def _layout_of(self, samples: list[Sample]) -> Layout:
+        return Padded() if samples[0].whole else self._layout
+
     # Placing
 
     def _fetch(self) -> None:
-        if not self._pending:
+        if self._fetched is None:
             return
-        flat = torch.cat([losses for _, losses in self._pending]).float().cpu()
+        flat = self._fetched.wait()
         samples = [sample for micro_batch, _ in self._pending for sample in micro_batch]
         self._pending = []
+        self._fetched = None
         parts = flat.split([sample.count for sample in samples])
         stored = [_stored(part, self._level) for part in parts]
         self._losses.update(zip((s.key for s in samples), stored, strict=True))
@@ -248,16 +279,6 @@ class WindowJob:
                 token_loss.reshape(-1)[where] = value
         tokens, mask = torch.from_numpy(token_loss), torch.from_numpy(token_mask)
         return replace(scores, token_loss=tokens, token_mask=mask)
-
-
-def _padded(samples: list[Sample]) -> int:
-    """What the reference reads of a micro-batch, with padding."""
-    return max(s.num_tokens for s in samples) * len(samples)
-
-
-def _size(samples: list[Sample]) -> int:
-    """What a micro-batch takes of the budget."""
-    return max(s.length for s in samples) * len(samples)
 
 
 # What is stored of a sample: its mean loss in fp32 at level "sample", its losses in fp16 at level "token". Losses are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from flowstream.batch import is_array
-from flowstream.scoring.cache import content_key, row_key
-from flowstream.scoring.head import logits_of, token_losses
+from flowstream.scoring.adapters import bare_modules, base_of
+from flowstream.scoring.cache import Namespace, content_key, row_key
+from flowstream.scoring.head import logits_of, losses_of_logits
 from flowstream.scoring.job import Reading, Sample
 from flowstream.scoring.reading import IGNORED, REMEDY, Integers, Place, as_tensor, content, to_device
 from flowstream.scoring.reference import Reference
@@ -45,6 +46,9 @@ class Language:
 
     bos_id: int | None
 
+    rope_limits: dict[str, int]
+    """Lengths beyond which rotary frequencies are others, by the kind of rotary positions."""
+
     @classmethod
     def of(cls, reference: Reference) -> Language:
         model, config = reference.model, reference.config
@@ -60,6 +64,7 @@ class Language:
             max_positions=getattr(config, "max_position_embeddings", None) if _has_table(model) else None,
             pad_id=pad if isinstance(pad, int) and 0 <= pad < (num_ids or pad + 1) else None,
             bos_id=bos if isinstance(bos, int) else None,
+            rope_limits=_rope_limits(getattr(config, "rope_parameters", None), config),
         )
 
     def check_length(self, length: int, row: int, place: Place) -> None:
@@ -69,6 +74,14 @@ class Language:
                 f"{place.row(row)} has {length} tokens, and the reference positions for {self.max_positions}: truncate "
                 "the samples"
             )
+
+    def rope_group(self, length: int) -> Hashable:
+        """Only samples of one group may share a micro-batch, where rotary frequencies follow the longest in sight."""
+        group = []
+        for kind, limit in self.rope_limits.items():
+            # "dynamic" ones are another for each length beyond the limit.
+            group.append(length if kind == "dynamic" and length > limit else length > limit)
+        return tuple(group)
 
 
 def further_inputs(named: Mapping[str, Any], read: Iterable[str], reference: Reference, place: Place) -> set[str]:
@@ -108,7 +121,7 @@ def read_whole(
     sources: Sequence[tuple[Integers, Integers]],
     place: Place,
     *,
-    namespace: bytes,
+    namespace: Namespace,
     row_keys: Sequence[object] | None,
     lengths: Sequence[int],
 ) -> Reading:
@@ -129,7 +142,7 @@ def read_whole(
         # Per row the whole batch: what is not laid out by rows may concern any of them.
         parts = [part for name, tensor in sorted(tensors.items()) for part in content(name, tensor)]
         bits = content_key(namespace, *parts, labels)
-        keys = [content_key(bits, f"row {row}".encode()) for row in range(len(labels))]
+        keys = [content_key(namespace, bits, f"row {row}".encode()) for row in range(len(labels))]
     else:
         keys = [row_key(namespace, key, count=n) for key, n in zip(row_keys, counts, strict=True)]
     samples = [
@@ -147,7 +160,7 @@ def run_whole(reference: Reference, whole: Whole) -> Tensor:
         inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
         logits = logits_of(model(**inputs, **without_cache(reference)))
         check_logits(logits, whole.shape)
-        return token_losses(logits, to_device(whole.rows, device), to_device(whole.targets, device))
+        return losses_of_logits(logits, to_device(whole.rows, device), to_device(whole.targets, device))
 
 
 def without_cache(reference: Reference) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def labelled(labels: Integers) -> Integers:
 
 def _num_rows(model: nn.Module, getter: str) -> int | None:
     try:
-        module = getattr(model, getter)()
+        module = base_of(getattr(model, getter)())
     except (AttributeError, NotImplementedError):
         return None
     weight = getattr(module, "weight", None)
@@ -181,8 +194,21 @@ def _num_rows(model: nn.Module, getter: str) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+def _rope_limits(parameters: Any, config: Any) -> dict[str, int]:
+    """Of a configuration with one kind of rotary positions, or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return {}
+    limits: dict[str, int] = {}
+    for value in parameters.values():
+        limits |= _rope_limits(value, config)
+    kind, limit = parameters.get("rope_type"), getattr(config, "max_position_embeddings", None)
+    if kind == "longrope":
+        limit = parameters.get("original_max_position_embeddings") or limit
+    return limits | {kind: limit} if kind in ("dynamic", "longrope") and limit else limits
+
+
 def _has_table(model: nn.Module) -> bool:
     return any(
         isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
-        for name, module in model.named_modules()
+        for name, module in bare_modules(model)
     )

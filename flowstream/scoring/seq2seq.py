@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowstream.scoring.base import Job, Level
-from flowstream.scoring.cache import LossCache, content_key, row_key
-from flowstream.scoring.head import logits_of, token_losses
-from flowstream.scoring.job import Budget, Reading, Sample, WindowJob
+from flowstream.scoring.cache import LossCache, Namespace, content_key, row_key
+from flowstream.scoring.capture import head_inputs
+from flowstream.scoring.head import Head, logits_of, losses_of_logits
+from flowstream.scoring.job import Reading, Sample
 from flowstream.scoring.language import (
     Language,
     Whole,
@@ -36,12 +38,14 @@ from flowstream.scoring.reading import (
     named_fields,
     right_padded,
     same_shape,
-    to_device,
 )
-from flowstream.scoring.reference import Copy, Reference
+from flowstream.scoring.reference import Copy, TrainedAdapters
+from flowstream.scoring.runtime import Runtime, loaded
 
 _VERSION = 1
 """Raised when a change here moves losses: it is part of every cache key."""
+
+_logger = logging.getLogger("flowstream")
 
 _READ = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -65,7 +69,8 @@ class Seq2SeqLMScorer:
     labels, and tokens where `attention_mask` or `decoder_attention_mask` is 0, are no part of it. A batch with further
     inputs of the model (sound, images) is scored as it is, with all of them.
 
-    `copy` and `token_budget` (of encoder and decoder together) are those of `CausalLMScorer`.
+    `copy`, `trained_adapters`, `max_head_bytes` and `token_budget` (of encoder and decoder together) are those of
+    `CausalLMScorer`.
     """
 
     levels: frozenset[Level] = frozenset({"sample", "token"})
@@ -76,17 +81,22 @@ class Seq2SeqLMScorer:
         *,
         copy: Copy = "auto",
         token_budget: int | None = None,
+        max_head_bytes: int = 2**28,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
-        self._reference = Reference(model, copy=copy, device=device)
+        self._runtime = Runtime(
+            model, copy=copy, token_budget=token_budget, device=device, trained_adapters=trained_adapters
+        )
+        self._reference = self._runtime.reference
         if "decoder_input_ids" not in self._reference.accepted:
             raise ValueError(
                 f"{type(model).__name__}.forward takes no decoder_input_ids: it is no encoder-decoder model; for a "
                 "causal one use CausalLMScorer"
             )
         self._language = Language.of(self._reference)
-        self._budget = Budget.of(token_budget, self._reference.device)
-        self._fingerprint = self._reference.fingerprint(type(self).__name__, _VERSION)
+        self._head = self._tried_head(max_head_bytes)
+        self._runtime.identify(self, _VERSION, self._head is not None)
 
     @classmethod
     def from_pretrained(
@@ -94,17 +104,16 @@ class Seq2SeqLMScorer:
         name_or_path: str,
         *,
         token_budget: int | None = None,
+        max_head_bytes: int = 2**28,
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMScorer:
         """A scorer with a model of its own. `kwargs` go to `AutoModelForSeq2SeqLM.from_pretrained`."""
         from transformers import AutoModelForSeq2SeqLM
 
-        model = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, **kwargs).requires_grad_(False).eval()
-        model = model if device is None else model.to(device)
-        return cls(model, copy=False, token_budget=token_budget)
+        model = loaded(AutoModelForSeq2SeqLM, name_or_path, device, **kwargs)
+        return cls(model, copy=False, token_budget=token_budget, max_head_bytes=max_head_bytes)
 
-    @torch.inference_mode(False)
     def begin(
         self,
         batches: Sequence[Any],
@@ -114,29 +123,25 @@ class Seq2SeqLMScorer:
         row_keys: Sequence[Sequence[object]] | None = None,
         needs_loss: bool = True,
     ) -> Job:
-        namespace = f"{self._fingerprint} {level}".encode()
-        keys = row_keys if row_keys is not None and cache is not None else [None] * len(batches)
-        readings = [
-            self._read(batch, Place(number), namespace, keys_of_rows)
-            for number, (batch, keys_of_rows) in enumerate(zip(batches, keys, strict=True))
-        ]
-        return WindowJob(readings, self._run, level=level, budget=self._budget, cache=cache, needs_loss=needs_loss)
+        return self._runtime.begin(
+            batches, self._read, self._run, level=level, cache=cache, row_keys=row_keys, needs_loss=needs_loss
+        )
 
     def check(self) -> None:
         self._reference.check()
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._runtime.fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        return self._budget.state_dict()
+        return self._runtime.budget.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._budget.load_state_dict(state)
+        self._runtime.budget.load_state_dict(state)
 
     # Reading
 
-    def _read(self, batch: Any, place: Place, namespace: bytes, row_keys: Sequence[object] | None) -> Reading:
+    def _read(self, batch: Any, place: Place, namespace: Namespace, row_keys: Sequence[object] | None) -> Reading:
         named = named_fields(batch, place, "input_ids")
         if "labels" not in named:
             raise ValueError(f"{place} has no labels, only {sorted(named)}: an encoder-decoder model needs [B, U]")
@@ -175,7 +180,7 @@ class Seq2SeqLMScorer:
         labels: Integers,
         sides: tuple[tuple[Integers, NDArray[np.bool_]], tuple[Integers | None, NDArray[np.bool_]]],
         place: Place,
-        namespace: bytes,
+        namespace: Namespace,
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """Each row as a sample of its own, without padding on either side."""
@@ -217,7 +222,7 @@ class Seq2SeqLMScorer:
         labels: Integers,
         decoder_mask: NDArray[np.bool_],
         place: Place,
-        namespace: bytes,
+        namespace: Namespace,
         row_keys: Sequence[object] | None,
     ) -> Reading:
         """All rows as they are, with all inputs."""
@@ -243,24 +248,54 @@ class Seq2SeqLMScorer:
     def _run(self, samples: list[Sample]) -> Tensor:
         if isinstance(samples[0].content, Whole):
             return run_whole(self._reference, samples[0].content)
-        pairs: list[_Pair] = [sample.content for sample in samples]
+        return self._losses([sample.content for sample in samples], self._head)
+
+    def _losses(self, pairs: list[_Pair], head: Head | None) -> Tensor:
+        """[n] fp32 losses of all labels of the pairs, one after the other, on the reference's device."""
         pad = self._language.pad_id or 0
         ids = right_padded([pair.ids for pair in pairs], pad)
         targets = right_padded([pair.targets for pair in pairs], IGNORED)
         lengths = np.array([len(pair.ids) for pair in pairs])
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         rows = np.flatnonzero(targets != IGNORED)
-        device = self._reference.device
+        given = [pair.decoder_ids for pair in pairs if pair.decoder_ids is not None]
+        read = right_padded(given, pad) if given else targets
+        sent = self._runtime.lane.send(ids, mask, read, rows, targets.reshape(-1)[rows])
         with self._reference.frozen() as model:
-            inputs = {"input_ids": to_device(ids, device), "attention_mask": to_device(mask, device)}
-            given = [pair.decoder_ids for pair in pairs if pair.decoder_ids is not None]
-            labels = to_device(targets, device)
+            inputs = {"input_ids": sent[0], "attention_mask": sent[1], **without_cache(self._reference)}
             if given:
-                inputs["decoder_input_ids"] = to_device(right_padded(given, pad), device)
+                inputs["decoder_input_ids"] = sent[2]
             elif (prepare := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
-                inputs["decoder_input_ids"] = cast("Callable[..., Tensor]", prepare)(labels=labels)
+                inputs["decoder_input_ids"] = cast("Callable[..., Tensor]", prepare)(labels=sent[2])
             else:
-                inputs["labels"] = labels
-            logits = logits_of(model(**inputs, **without_cache(self._reference)))
-            check_logits(logits, targets.shape)
-            return token_losses(logits, to_device(rows, device), to_device(targets.reshape(-1)[rows], device))
+                inputs["labels"], head = sent[2], None  # its own loss wants all logits
+            if head is None:
+                logits = logits_of(model(**inputs))
+                check_logits(logits, targets.shape)
+                return losses_of_logits(logits, sent[3], sent[4])
+            with head_inputs(head.linear) as kept:
+                model(**inputs)
+            (hidden,) = kept
+            return head.losses(hidden.flatten(0, 1).index_select(0, sent[3]), sent[4])
+
+    def _tried_head(self, max_bytes: int) -> Head | None:
+        """The head that bounds memory, if on a few tokens it gives what the model's own logits give."""
+        head, vocabulary = Head.of(self._reference.model, max_bytes), self._language.num_labels
+        if head is None or vocabulary is None or vocabulary < 4:
+            return None
+        generator = np.random.Generator(np.random.Philox(key=0))
+        ids, targets = generator.integers(vocabulary // 4, vocabulary // 2 + 1, (2, 6))
+        pairs = [_Pair(ids, targets, None)]
+        try:
+            with self._runtime.lane.entered():
+                off = (self._losses(pairs, head) - self._losses(pairs, None)).abs().max().item()
+        except Exception as error:
+            failure: object = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            if off <= (1e-4 if self._reference.dtype == torch.float32 else 0.2):
+                return head
+            failure = f"a trial is off by {off:.2g} nats"
+        _logger.warning(
+            "%s is scored by its own logits, all of them at a time: %s", type(self._reference.model).__name__, failure
+        )
+        return None

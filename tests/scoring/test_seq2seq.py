@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowstream.scoring.cache import LossCache
+from flowstream.scoring.memory_cache import MemoryCache
 from flowstream.scoring.seq2seq import Seq2SeqLMScorer
 
 SIZES = ((5, 3), (9, 7), (2, 1), (7, 4))
@@ -112,7 +112,7 @@ def test_further_inputs_are_passed_on(tiny: Any) -> None:
 
 
 def test_a_cached_loss_equals_the_one_it_came_from_to_the_bit(tiny: Any) -> None:
-    model, cache = tiny("t5"), LossCache()
+    model, cache = tiny("t5"), MemoryCache()
     samples = make_samples()
     first = Seq2SeqLMScorer(model).begin([padded(samples, "left")], level="token", cache=cache)
     (scores,) = first.finish()
@@ -181,3 +181,22 @@ def test_from_pretrained_loads_a_frozen_model(tiny: Any, tmp_path: Any) -> None:
     assert scorer.fingerprint() == Seq2SeqLMScorer(model).fingerprint()
     scorer.load_state_dict(scorer.state_dict())
     scorer.check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_is_chunked_to_its_budget(tiny: Any, family: str) -> None:
+    model, batch = tiny(family), padded(make_samples(), "right")
+    whole, chunked = Seq2SeqLMScorer(model), Seq2SeqLMScorer(model, max_head_bytes=2000)
+    assert whole.state_dict() == chunked.state_dict()
+    torch.testing.assert_close(score(chunked, batch)[0].loss, score(whole, batch)[0].loss, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_the_models_own_where_the_head_is_not_all(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, samples = tiny("bart"), make_samples()
+    Seq2SeqLMScorer(model)
+    assert "by its own logits" not in caplog.text
+    model.final_logits_bias.copy_(torch.linspace(-1, 1, 97)[None])  # which no configuration tells of
+    (scores,) = score(Seq2SeqLMScorer(model), padded(samples, "left"))
+    assert "scored by its own logits, all of them at a time: a trial is off by" in caplog.text
+    for (ids, labels), loss in zip(samples, scores.loss, strict=True):
+        assert loss.item() == pytest.approx(alone(model, ids, labels).mean().item(), abs=1e-5)
