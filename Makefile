@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-quantized lint bench clean
 
 demo: .venv/demo.done
 	$(BIN)/flowstream demo
@@ -15,6 +15,11 @@ lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Heavier than its use in every run: bitsandbytes takes 125 MB.
+test-quantized: .venv/test.done
+	$(PIP) --editable '.[bitsandbytes]'
+	$(BIN)/python -m pytest tests/scoring/test_quantized.py
 
 bench: .venv/test.done
 	$(BIN)/python benchmarks/cache.py

@@ -109,6 +109,10 @@ class Reference:
         with entered(self.model, modules), adapters.switched(modules, off=True):
             yield self.model
 
+    def settle(self) -> None:
+        """What the weights are now is what they must stay: quantised layers may pack theirs anew when first used."""
+        self._sampled = self._sample().on_cpu()
+
     def watch(self, lane: Lane) -> None:
         """Take a window's checksum along with its scores: `check()` then waits for nothing but these.
 
