@@ -12,13 +12,14 @@ import torch
 import webdataset as wds
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("image_classifier", "plain_pytorch", "resampling", "webdataset_llm")
+NAMES = ("image_classifier", "lora", "plain_pytorch", "resampling", "webdataset_llm")
 
 
-def run(name: str, *arguments: str, folder: Path) -> tuple[str, str]:
+def run(name: str, *arguments: str, folder: Path, allowed: str = "") -> tuple[str, str]:
     """What the example printed to stdout and stderr, run in `folder`, which is where temporary files go, too."""
     environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py"), *arguments]
+    warnings = ["-W", "error"] + (["-W", f"ignore:{allowed}"] if allowed else [])
+    command = [sys.executable, *warnings, str(ROOT / "examples" / f"{name}.py"), *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -87,6 +88,15 @@ def test_classifier_learns_the_new_images_and_forgets_old_ones(tmp_path):
     assert upright["pre-trained"] > 0.8
     assert min(lying["plain"], lying["FLOW"]) > 0.8 > lying["pre-trained"]
     assert max(upright["plain"], upright["FLOW"]) < upright["pre-trained"]
+
+
+def test_lora_learns_and_keeps_the_losses_of_its_base_for_the_next_run(tmp_path):
+    peft_under_transformers = "`is_gradient_checkpointing` is deprecated"
+    for share in (50, 100):
+        printed, _ = run("lora", "--cache", "losses", folder=tmp_path, allowed=peft_under_transformers)
+        (begin, middle), (_, end) = numbers(r"epoch \d: loss ([\d.]+) → ([\d.]+)", printed)
+        assert end < middle < begin
+        assert f"the reference, {share}% came from losses" in printed
 
 
 def test_resampling_leaves_the_loop_as_it_is_and_takes_the_accepted_share_of_steps(tmp_path):

@@ -23,6 +23,14 @@ class Lane:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = torch.device("meta")
+        self._stream: torch.cuda.Stream | None = None
+        self.move(device)
+
+    def move(self, device: torch.device) -> None:
+        """Go where the reference is now: a trainer may move a model that is shared."""
+        if device == self.device:
+            return
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.follow()
@@ -45,8 +53,9 @@ class Lane:
         """Arrays as int64 tensors on the device: one copy for all of them, that nobody waits for."""
         sizes = [array.size for array in arrays]
         if self._stream is None:
-            return [torch.from_numpy(array) for array in arrays]
-        host = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)  # a copy from pageable memory waits
+            return [torch.from_numpy(array).to(self.device) for array in arrays]
+        # Pinned: a copy from pageable memory waits.
+        host = torch.empty(sum(sizes), dtype=torch.int64, device="cpu", pin_memory=True)
         np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy())
         parts = host.to(self.device, non_blocking=True).split(sizes)
         return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
@@ -55,7 +64,7 @@ class Lane:
         """Begin to copy a result to the host. Called within `entered()`."""
         if self._stream is None or values.device != self.device:  # of a model on several devices
             return Fetched(values.cpu(), None)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         host.copy_(values, non_blocking=True)
         done = torch.cuda.Event()
         done.record(self._stream)
@@ -84,7 +93,7 @@ def on_host(batches: Sequence[Any]) -> Sequence[Any]:
     pending: dict[int, Tensor] = {}
     for tensor in _cuda_tensors(batches):
         if id(tensor) not in pending:
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             pending[id(tensor)] = host.copy_(tensor.detach(), non_blocking=True)
     if not pending:
         return batches

@@ -59,6 +59,7 @@ class Runtime:
         layout: Layout | None = None,
     ) -> WindowJob:
         """Read and plan a window. See `Scorer.begin`."""
+        self.lane.move(self.reference.device)
         namespace = Namespace(self.fingerprint, level, self._label)
         if cache is not None:
             cache.register(namespace)
