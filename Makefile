@@ -26,6 +26,9 @@ bench: .venv/test.done
 	$(BIN)/python benchmarks/digest.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/temperature.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/gpu_overlap.py
 
 clean:
 	rm -rf .venv

@@ -9,52 +9,28 @@ window.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import gsm8k
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 import flowstream as fs
 
-SHARED = Path(__file__).parents[2] / "shared"
-BATCH = 16
 
-
-def gsm8k(num_samples: int) -> tuple[DataLoader[Any], fs.Scorer]:
-    """Questions without labels, answers with; rows padded to their batch's longest."""
-    from transformers import AutoTokenizer
-
-    model = SHARED / "models" / "tiny-llama"
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text().splitlines()[:num_samples]
-
-    def collate(lines: Sequence[str]) -> dict[str, torch.Tensor]:
-        rows = []
-        for row in map(json.loads, lines):
-            question = tokenizer(row["question"] + "\n").input_ids
-            answer = tokenizer(row["answer"]).input_ids
-            rows.append((question + answer, [-100] * len(question) + answer))
-        width = max(len(ids) for ids, _ in rows)
-        return {
-            "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
-        }
-
-    return DataLoader(lines, batch_size=BATCH, collate_fn=collate), fs.CausalLMScorer.from_pretrained(model)
+def under_tiny_llama(num_samples: int) -> tuple[DataLoader[Any], fs.Scorer]:
+    """GSM8K, scored as its checkpoint is: in bf16."""
+    return gsm8k.loader(gsm8k.rows(num_samples)), fs.CausalLMScorer.from_pretrained(str(gsm8k.MODEL))
 
 
 def drifting(num_samples: int) -> tuple[list[dict[str, torch.Tensor]], fs.Scorer]:
     """Lognormal losses whose scale grows by half over the stream."""
     rng = np.random.default_rng(0)
     losses = rng.lognormal(size=num_samples) * np.linspace(1, 1.5, num_samples)
-    parts = torch.tensor(losses, dtype=torch.float32).split(BATCH)
+    parts = torch.tensor(losses, dtype=torch.float32).split(gsm8k.BATCH)
     return [{"loss": part} for part in parts], fs.FunctionScorer(lambda batch: batch["loss"])
 
 
@@ -63,8 +39,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--window", type=int, default=16)
     arguments = parser.parse_args()
-    on_gsm8k = SHARED.exists()
-    loader, scorer = (gsm8k if on_gsm8k else drifting)(arguments.samples)
+    on_gsm8k = gsm8k.is_there()
+    loader, scorer = (under_tiny_llama if on_gsm8k else drifting)(arguments.samples)
     started = time.perf_counter()
     stream = fs.FlowStream(loader, scorer, window=arguments.window, include=("loss", "tau"), cache=None)
     out = [(batch["flow_loss"].numpy(), float(batch["flow_tau"])) for batch in stream]
@@ -72,7 +48,7 @@ def main() -> None:
 
     losses = np.concatenate([loss for loss, _ in out])
     starts = np.cumsum([0] + [len(loss) for loss, _ in out])
-    warmup = -(-fs.RunningMedian().warmup_samples // BATCH)
+    warmup = -(-fs.RunningMedian().warmup_samples // gsm8k.BATCH)
     worst, worst_at, worst_to_all = 0.0, 0, 0.0
     firsts = [0, *range(warmup, len(out), arguments.window)]
     for number, first in enumerate(firsts):

@@ -81,7 +81,7 @@ class Budget:
     @classmethod
     def of(cls, tokens: int | None, device: torch.device) -> Budget:
         """`tokens`, or by default enough to fill the device and little enough to sit beside a training step."""
-        return cls((4096 if device.type == "cpu" else 16384) if tokens is None else tokens)
+        return cls((2048 if device.type == "cpu" else 16384) if tokens is None else tokens)
 
     def halve(self, size: int) -> None:
         """After a micro-batch of `size` tokens did not fit."""
