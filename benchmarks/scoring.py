@@ -5,7 +5,7 @@ Ours includes reading the batches and planning. Prints how many times as fast it
 give; how much of its time the matrix products would take at the rate that this machine reaches on large ones, which is
 how far it is from the hardware's limit; how far the losses differ; and the memory that each takes.
 
-    python benchmarks/scoring.py [--samples 512] [--rounds 5] [--dtype float32] [--threads 2] [--quick]
+    python benchmarks/scoring.py [--samples 512] [--rounds 5] [--dtype float32] [--threads 2] [--compile]
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="compile ours, which takes half a minute first")
     parser.add_argument("--quick", action="store_true", help="32 samples, two rounds")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -115,7 +116,7 @@ def main() -> None:
     model = gsm8k.model(dtype)
     batches = list(gsm8k.loader(gsm8k.rows(arguments.samples)))
     unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    scorer = fs.CausalLMScorer(model, copy=True)
+    scorer = fs.CausalLMScorer(model, copy=True, compile=arguments.compile)
     ways: dict[str, Way] = {
         "plain": lambda batches: plain(model, batches),
         "ours": lambda batches: ours(scorer, batches),

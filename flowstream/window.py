@@ -63,7 +63,8 @@ class Packed:
 
     def plan(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs: list[list[int]] = []
-        budget = max(budget // self.multiple, 1) * self.multiple if budget > 0 else budget
+        # A budget below the multiple still counts, of what is read: memory that ran out makes it smaller and smaller.
+        budget = budget // self.multiple * self.multiple or budget
         left, size, target = sum(lengths), 0, 0
         for index in _longest_first(lengths, budget):
             length = lengths[index]

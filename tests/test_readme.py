@@ -11,10 +11,11 @@ import torch
 import flowstream as fs
 
 README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_the_ten_lines_of_the_readme_train_a_model(tiny):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = SNIPPETS[0]
     assert len(code.strip().splitlines()) <= 12
     model = tiny("llama")
     ids = torch.randint(3, 97, (64, 12), generator=torch.Generator().manual_seed(0))
@@ -25,6 +26,18 @@ def test_the_ten_lines_of_the_readme_train_a_model(tiny):
     exec(code, names)
     assert names["loss"].item() > 0
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_other_lines_of_the_readme_score_with_adapters_off_and_train_without_logits(tiny):
+    lora, linear = SNIPPETS[1:]
+    names = {"fs": fs, "peft": pytest.importorskip("peft"), "base": tiny("llama")}
+    exec(lora, names)
+    ids = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))
+    (batch,) = fs.FlowStream([{"input_ids": ids, "labels": ids}], names["scorer"])
+    names |= {"model": names["base"], "labels": batch.pop("labels"), "weight": batch.pop("flow_weight"), "batch": batch}
+    exec(linear, names)
+    expected = fs.weighted_lm_loss(names["base"](**batch).logits, names["labels"], names["weight"])
+    torch.testing.assert_close(names["loss"], expected)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\bfs\.(\w+)", README.read_text()))))

@@ -40,6 +40,8 @@ def test_a_filled_pack_fits_the_budget_or_is_a_single_sample(multiple: int, leng
         assert sum(lengths[i] for i in group) <= size < sum(lengths[i] for i in group) + multiple
         assert size % multiple == 0
         assert len(group) == 1 or size <= max(budget, multiple)
+        # What fills it up aside, so that halving a budget ends.
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
 
 
 @given(LAYOUTS, LENGTHS, BUDGETS)

@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def _kernel(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int, 
             kernel = by_varlen
         elif flash and _spec("flash_attn"):
             kernel = by_flash_attn
-        elif capped and dim == value_dim and dim & (dim - 1) == 0 and _spec("triton"):
+        elif capped and dim == value_dim >= 16 and dim & (dim - 1) == 0 and _spec("triton"):
             kernel = by_flex
     _logger.info(
         "attention over packs: %s (%s, %s, heads of %d%s)",
@@ -202,26 +203,59 @@ def by_flex(
     softcap: float | None,
 ) -> Tensor:
     """torch's flex attention, compiled on a GPU: softcaps and windows in one launch."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    length = query.shape[2]
-    positions = torch.arange(length, device=query.device)
-    sample = torch.searchsorted(pack.offsets[1:].to(torch.int64), positions, right=True)
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+    flex: Any = flex_attention
+    attend = _compiled(flex) if query.is_cuda else flex
+    shared = query.shape[1] != key.shape[1]
+    mask = _blocks(pack, window)
+    out: Tensor = attend(query, key, value, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+_BLOCK = 128
+
+_masks: WeakKeyDictionary[Any, dict[int | None, Any]] = WeakKeyDictionary()
+"""Of a pack, what each kind of layer sees: made once for all layers."""
+
+
+def _blocks(pack: Bounds, window: int | None) -> Any:
+    """A `BlockMask`: of each block of queries, the blocks of keys from the first that one of them sees to its own.
+
+    flex attention's `create_block_mask` would look at all pairs of tokens.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    made = _masks.setdefault(pack, {})
+    if window in made:
+        return made[window]
+    offsets = pack.offsets.to(torch.int64)
+    stops = offsets[1:].contiguous()
+    sample = torch.searchsorted(stops, torch.arange(pack.length, device=offsets.device), right=True)
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = (sample[i] == sample[j]) & (j <= i)
         return seen if window is None else seen & (j > i - window)
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score if softcap is None else torch.tanh(score / softcap) * softcap
-
-    mask = create_block_mask(sees, None, None, length, length, device=query.device)
-    attend: Any = flex_attention
-    if query.is_cuda:
-        attend = _compiled(flex_attention)
-    shared = query.shape[1] != key.shape[1]
-    out: Tensor = attend(query, key, value, score_mod=capped, block_mask=mask, scale=scale, enable_gqa=shared)
-    return out.transpose(1, 2)
+    block = torch.arange(-(-pack.length // _BLOCK), device=offsets.device)
+    row = block * _BLOCK
+    seen_from = offsets[torch.searchsorted(stops, row, right=True)]
+    if window is not None:
+        seen_from = torch.maximum(seen_from, row - window + 1)
+    first = seen_from // _BLOCK
+    counts = (block - first + 1).to(torch.int32)
+    indices = torch.minimum(first[:, None] + block, block[-1]).to(torch.int32)
+    made[window] = BlockMask.from_kv_blocks(
+        counts[None, None],
+        indices[None, None],
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(pack.length, pack.length),
+    )
+    return made[window]
 
 
 @functools.cache

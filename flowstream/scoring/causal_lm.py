@@ -17,7 +17,7 @@ from flowstream.batch import is_array
 from flowstream.scoring.base import Job, Level
 from flowstream.scoring.cache import LossCache, Namespace, content_key, row_key
 from flowstream.scoring.estimate import Estimate, estimate
-from flowstream.scoring.forward import Document, Forward
+from flowstream.scoring.forward import Forward
 from flowstream.scoring.job import Reading, Sample
 from flowstream.scoring.language import Language, Whole, further_inputs, labelled, read_whole, run_whole
 from flowstream.scoring.reading import (
@@ -33,8 +33,9 @@ from flowstream.scoring.reading import (
 )
 from flowstream.scoring.reference import Copy, TrainedAdapters
 from flowstream.scoring.runtime import Runtime, loaded
+from flowstream.scoring.trial import Document
 
-_VERSION = 1
+_VERSION = 2
 """Raised when a change here moves losses: it is part of every cache key."""
 
 _logger = logging.getLogger("flowstream")
@@ -55,7 +56,7 @@ class CausalLMScorer:
 
     `copy="auto"` copies the model if a parameter requires a gradient, `False` shares it as it is (its modes are put
     back after each step; training it raises at the next window), `True` always copies. `token_budget`: tokens a
-    micro-batch, padding included (4096 on a CPU, else 16384); halved for good when memory runs out.
+    micro-batch, padding included (2048 on a CPU, else 16384); halved for good when memory runs out.
 
     A PEFT model is shared, never copied: its base is the reference, scored with the adapters off while they train.
     Adapters that were already trained are refused, unless `trained_adapters="ignore"` says that the base is meant.
@@ -220,10 +221,13 @@ class CausalLMScorer:
         begins = np.searchsorted(predicted, layout.starts)
         where = layout.columns[predicted]
         samples: list[Sample] = []
-        bounds = zip(layout.rows.tolist(), layout.starts.tolist(), begins.tolist(), ends.tolist(), strict=True)
-        for number, (row, start, begin, end) in enumerate(bounds):
-            # Causal: what comes after the last label changes nothing.
+        flat_labels = np.append(flat_labels, IGNORED)  # what a last token would predict
+        arrays = (layout.rows, layout.starts, layout.stops, begins, ends)
+        for number, (row, start, stop, begin, end) in enumerate(zip(*(a.tolist() for a in arrays), strict=True)):
+            # Causal: what comes after the last label changes nothing …
             last = int(predicted[end - 1]) if end > begin else start
+            if end > begin and self._language.rope_group(stop - start) != self._language.rope_group(last - start):
+                last = stop  # … but rotary frequencies that follow the length
             self._language.check_length(last - start, row, place)
             document = Document(flat_ids[start:last], flat_labels[start + 1 : last + 1])
             if row_keys is None:
@@ -303,7 +307,7 @@ class CausalLMScorer:
 
     def _run(self, samples: list[Sample]) -> Tensor:
         if isinstance(samples[0].content, Whole):
-            return run_whole(self._reference, samples[0].content)
+            return run_whole(self._reference, samples[0].content, self._forward.head)
         return self._forward.losses([sample.content for sample in samples])
 
 

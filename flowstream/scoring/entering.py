@@ -1,4 +1,4 @@
-"""Entering a model without a trace: its modes, its forward, and what the calling thread has set."""
+"""Entering a model without a trace: its modes, its forward, its rotary positions, and what the thread has set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import nn
 
 @contextmanager
 def entered(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
-    """The model (these are its modules) in eval mode, with its class's forward, without gradients or autocast."""
+    """The model (these are its modules) in eval mode, with its class's forward, without gradients or autocast.
+
+    It has read nothing yet: rotary frequencies that follow the longest sequence so far are those of a new model.
+    """
     with ExitStack() as stack:
         # All of these are thread-local, and the caller's would leak in. no_grad rather than inference mode:
         # inference tensors raise when something saves them for backward.
@@ -23,6 +26,7 @@ def entered(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for kind in {device_of(model).type, "cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_unread(modules))
         training = [module for module in modules if module.training]
         patched = vars(model).get("forward")
         try:
@@ -55,6 +59,37 @@ def _set_training(modules: list[nn.Module], training: bool) -> None:
             own["training"] = training  # nn.Module's setter would take milliseconds for all of a large model
         else:  # a scripted module
             module.training = training
+
+
+@contextmanager
+def _unread(modules: list[nn.Module]) -> Iterator[None]:
+    """Rotary positions of the kinds "dynamic" and "longrope" as they were made, and afterwards as they are now.
+
+    transformers' modules keep the frequencies of the longest sequence that they have read: without this, a loss would
+    depend on what was scored, or trained on, before.
+    """
+    following = [module for module in modules if _follows(vars(module).get("rope_type"))]
+    before = [(vars(module).copy(), module._buffers.copy()) for module in following]
+    try:
+        for module in following:
+            for name, buffer in list(module._buffers.items()):
+                original = getattr(module, f"{name.removesuffix('inv_freq')}original_inv_freq", None)
+                if name.endswith("inv_freq") and buffer is not None and original is not None:
+                    module._buffers[name] = original.to(buffer.device, copy=True)  # it is written in place
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, module.original_max_seq_len)
+        yield
+    finally:
+        for module, (attributes, buffers) in zip(following, before, strict=True):
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _follows(rope_type: Any) -> bool:
+    """One kind of rotary positions, or one for each kind of layer."""
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def has_forward(model: nn.Module) -> bool:

@@ -8,49 +8,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowstream.scoring.device import Lane
 from flowstream.scoring.head import Head, logits_of, losses_of_logits
 from flowstream.scoring.language import Language, check_logits, without_cache
-from flowstream.scoring.packing import Pack, Packing, Unpackable, offsets_of, reason_against
-from flowstream.scoring.reading import IGNORED, Integers, right_padded
+from flowstream.scoring.packing import Pack, Packing, asked, offsets_of, reason_against
+from flowstream.scoring.reading import IGNORED, right_padded
 from flowstream.scoring.reference import Reference
+from flowstream.scoring.trial import Document, Trial, failure_of
 from flowstream.window import Layout, Packed, Padded
 
 _logger = logging.getLogger("flowstream")
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Nats by which a shortcut may differ, for a model whose largest logit is 4. The model's own logits, in half precision,
-are what is off."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Document:
-    """What is left of a sample: the tokens up to the last one that predicts, and what they predict."""
-
-    ids: Integers
-    """[n]"""
-    targets: Integers
-    """[n] the label that each token predicts, -100 for none."""
 
 
 @dataclass(frozen=True)
 class _Way:
     """Which shortcuts are taken."""
 
-    packs: bool
-    head: bool
-    trims: bool
+    packs: bool = False
+    head: bool = False
+    trims: bool = False
+    alone: bool = False
+    """Not even padded: the model says something else of a sample beside others."""
 
     def __str__(self) -> str:
-        body = "packed" if self.packs else "sorted by length and padded"
+        body = "packed" if self.packs else "one at a time" if self.alone else "sorted by length and padded"
         rest = "" if not self.packs else ", the last layer on labelled rows" if self.trims else ""
         return f"{body}{rest}, {'fp32 head' if self.head else 'the logits of the model'}"
 
@@ -64,10 +53,9 @@ class Forward:
         self._reference = reference
         self._language = language
         self._lane = lane
-        self._max_head_bytes = max_head_bytes
         self._head = Head.of(reference.model, max_head_bytes)
         self._compiled: Callable[..., Any] | None = None
-        self._way = _Way(packs=False, head=False, trims=False)
+        self._way = _Way()
         self._packing: Packing | None = None
         self._choose(self._reason_against(), trims=not compile)
         if compile:
@@ -77,6 +65,11 @@ class Forward:
     def layout(self) -> Layout:
         """How documents are brought together in a micro-batch."""
         return Packed(self._multiple) if self._way.packs else Padded()
+
+    @property
+    def head(self) -> Head | None:
+        """The model's head, where it is known to be all that comes after the hidden states."""
+        return self._head if self._way.head else None
 
     @property
     def described(self) -> str:
@@ -92,8 +85,7 @@ class Forward:
 
     def losses(self, documents: Sequence[Document]) -> Tensor:
         """[n] fp32 losses of all labelled tokens, document by document, on the reference's device."""
-        with self._reference.frozen() as model:
-            return self._run(model, documents, self._way)
+        return self._run(documents, self._way)
 
     @property
     def _multiple(self) -> int:
@@ -101,8 +93,12 @@ class Forward:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def _run(self, model: nn.Module, documents: Sequence[Document], way: _Way) -> Tensor:
-        return self._run_packed(model, documents, way) if way.packs else self._run_padded(model, documents, way)
+    def _run(self, documents: Sequence[Document], way: _Way) -> Tensor:
+        if way.alone:
+            return torch.cat([self._run([document], replace(way, alone=False)) for document in documents])
+        with self._reference.frozen() as model:
+            run = self._run_packed if way.packs else self._run_padded
+            return run(model, documents, way)
 
     def _run_packed(self, model: nn.Module, documents: Sequence[Document], way: _Way) -> Tensor:
         lengths = [len(document.ids) for document in documents]
@@ -110,7 +106,8 @@ class Forward:
         length = Packed(self._multiple).size(lengths)
         ids, positions = np.full((2, length), self._language.pad_id or 0)
         np.concatenate([document.ids for document in documents], out=ids[: stops[-1]])
-        positions[:] = np.arange(length) - np.repeat([0, *stops], [*lengths, length - stops[-1]])
+        positions[: stops[-1]] = np.arange(stops[-1]) - np.repeat(stops - lengths, lengths)
+        positions[stops[-1] :] = 0
         targets = np.concatenate([document.targets for document in documents])
         labelled = np.flatnonzero(targets != IGNORED)
         sent = self._lane.send(
@@ -171,26 +168,48 @@ class Forward:
     @torch.inference_mode(False)
     def _choose(self, reason: str | None, trims: bool) -> None:
         """The shortest way that gives what the model says of each document alone."""
-        has_head = self._head is not None
-        ways = [_Way(True, True, trims), _Way(True, True, False)] if has_head else []
-        ways += [_Way(True, False, trims), _Way(True, False, False)]
-        if reason is not None:
-            ways = []
-        ways += [_Way(False, True, False)] if has_head else []
         name = type(self._reference.model).__name__
-        with self._lane.entered(), self._reference.frozen() as model:
-            trial = _Trial.of(model, self._reference, self._language) if ways else None
-            for number, way in enumerate(ways if trial is not None else []):
+        with self._lane.entered():
+            trial = Trial.of(self._reference, self._language)
+            if trial is not None and trial.reads_ahead:
+                _logger.warning(
+                    "%s reads ahead of the token that it predicts from: it is no causal language model, and its losses "
+                    "say little (is `is_decoder` missing in its configuration?)",
+                    name,
+                )
+            if reason is None and trial is not None:
+                reason = failure_of(partial(self._ask_for_masks, trial.groups[0][0]))
+                if reason is not None:
+                    _logger.warning("%s is not scored packed: %s", name, reason)
+            ways = self._ways(packs=reason is None, trims=trims) if trial is not None else []
+            for way in ways:
                 assert trial is not None
-                error = trial.error(lambda documents, way=way: self._run(model, documents, way))  # type: ignore[misc]
+                error = trial.error(partial(self._run, way=way))
                 if error is None:
                     self._way = way
                     break
-                _logger.warning("%s is not scored %s: %s", name, ways[number], error)
+                _logger.warning("%s is not scored %s: %s", name, way, error)
+            else:
+                # Where nothing can be tried, the plainest way stands, untried.
+                self._way = _Way(alone=trial is not None)
             if self._way.packs:
-                self._packing = Packing(model, trims=self._way.trims)
+                self._packing = Packing(self._reference.model, trims=self._way.trims)
         because = f" ({reason})" if reason is not None else ""
         _logger.info("%s is scored %s%s", name, self._way, because)
+
+    def _ways(self, *, packs: bool, trims: bool) -> list[_Way]:
+        """What is tried, the shortest first."""
+        heads = [True, False] if self._head is not None else [False]
+        trimmed = [True, False] if trims else [False]
+        packed = [_Way(packs=True, head=head, trims=trims) for head in heads for trims in trimmed]
+        return (packed if packs else []) + [_Way(head=head) for head in heads]
+
+    def _ask_for_masks(self, document: Document) -> None:
+        length = len(document.ids)
+        sent = self._lane.send(document.ids[None], np.arange(length), offsets_of([length], length))
+        pack = Pack([length], length, labelled=sent[1], first_labelled=[0], offsets=sent[2].to(torch.int32))
+        with self._reference.frozen() as model, asked(model, pack):
+            model(input_ids=sent[0], **without_cache(self._reference))
 
     def _compile(self) -> None:
         if not self._way.head:
@@ -200,49 +219,3 @@ class Forward:
             )
         # Dynamic shapes: one graph for packs of all lengths.
         self._compiled = torch.compile(self._reference.model.base_model, dynamic=True)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A few documents, and what the model's own forward says of each alone."""
-
-    documents: list[Document]
-    expected: Tensor
-    tolerance: float
-
-    @classmethod
-    def of(cls, model: nn.Module, reference: Reference, language: Language) -> _Trial | None:
-        """`None` for a model that fails on plain tokens: it is asked in the plainest way only."""
-        vocabulary = language.num_labels
-        longest = min(12, language.max_positions or 12)
-        if vocabulary is None or vocabulary < 4 or longest < 12:
-            return None
-        generator = np.random.Generator(np.random.Philox(key=0))
-        documents, losses, largest = [], [], 4.0
-        for length, prompt in ((12, 5), (7, 0), (1, 0), (9, 3)):
-            ids = generator.integers(vocabulary // 4, vocabulary // 2 + 1, length + 1)
-            targets = np.where(np.arange(length) < prompt, IGNORED, ids[1:])
-            documents.append(Document(ids[:-1], targets))
-            inputs = {"input_ids": torch.from_numpy(ids[None, :-1]).to(reference.device), **without_cache(reference)}
-            try:
-                logits = logits_of(model(**inputs))[0].float()
-            except Exception:
-                return None
-            if logits.shape[0] != length:
-                return None
-            losses.append(F.cross_entropy(logits, torch.from_numpy(targets).to(logits.device), reduction="none"))
-            largest = max(largest, float(logits.abs().max()))
-            losses[-1] = losses[-1][prompt:]
-        return cls(documents, torch.cat(losses).cpu(), _TOLERANCE.get(reference.dtype, 1e-1) * largest / 4)
-
-    def error(self, run: Callable[[list[Document]], Tensor]) -> str | None:
-        """What keeps `run` from giving the same losses."""
-        try:
-            found = run(self.documents).cpu()
-        except (Unpackable, AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as failure:
-            return f"{type(failure).__name__}: {failure}".splitlines()[0]
-        both = found.isfinite() & self.expected.isfinite()
-        off = (found - self.expected).abs()[both]
-        if (found.isfinite() != self.expected.isfinite()).any() or (off > self.tolerance).any():
-            return f"a trial is off by {float(off.max()) if len(off) else float('nan'):.2g} nats"
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,17 @@ _CHUNK = 1024
 """Rows of logits in fp32 at a time: with a vocabulary of 128 k, half a gigabyte."""
 
 _NUM_COPIES = 3
-"""What a chunk of logits takes, in copies of it: the logits, their log-softmax or exponentials, a transform's result."""
+"""What a chunk of logits takes, in copies of it: the logits, their log-softmax or exponentials, a transform's."""
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Gemma, RecurrentGemma, xLSTM."""
+
+_SCALES = ("logit_scale", "lm_head_multiplier")
+"""Cohere, Falcon-H1."""
 
 _CPU_ROWS, _CPU_COLUMNS = 256, 8192
 """A chunk that stays in a CPU's cache."""
+_MIN_COLUMNS = 1024
 _GPU_ROWS = 4096
 """Enough rows for a GPU's matrix units."""
 
@@ -48,23 +56,24 @@ class Head:
         """
         try:
             linear = base_of(model.get_output_embeddings())  # type: ignore[operator]
+            config = model.config.get_text_config()  # type: ignore[operator,union-attr]
         except (AttributeError, NotImplementedError):
             return None
         if type(linear) is not nn.Linear or linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return None  # quantised, or of another kind
-        config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1.0
+        caps = [cap for name in _SOFTCAPS if (cap := getattr(config, name, None))]
+        scale = math.prod(getattr(config, name, None) or 1.0 for name in _SCALES)
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(linear, max_bytes, softcap, float(scale))
+        return cls(linear, max_bytes, caps[0] if caps else None, float(scale))
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """[n] fp32 losses in nats of predicting `targets` [n] from `hidden` [n, D], all on the head's device."""
         vocabulary = self.linear.weight.shape[0]
         num_rows, num_columns = self._chunk(len(hidden))
         if num_columns >= vocabulary:
+            weight = self._weight(slice(None))
             parts = [
-                F.cross_entropy(self._logits(rows, slice(None)), wanted, reduction="none")
+                F.cross_entropy(self._logits(rows, slice(None), weight), wanted, reduction="none")
                 for rows, wanted in zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
             ]
             return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -82,16 +91,16 @@ class Head:
                 picked = logits.gather(1, within.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
                 own[rows] = torch.where(inside, picked, own[rows])
                 total[rows] = torch.logaddexp(total[rows], logits.logsumexp(1))
-        return total - own
+        return (total - own).clamp_min(0)  # rounding would take what is next to 0 below it
 
     def num_bytes(self, num_rows: int) -> int:
         """What `losses` takes beside its arguments and its result."""
         rows, columns = self._chunk(num_rows)
-        return _NUM_COPIES * 4 * rows * columns + self._converted * 4 * columns + 16 * num_rows
+        return 4 * (_NUM_COPIES * rows * columns + self._converted * (rows + columns)) + 16 * num_rows
 
     @property
     def _converted(self) -> int:
-        """Numbers a column of the vocabulary that are converted to fp32 for the product."""
+        """Numbers a row, and a column of the vocabulary, that are converted to fp32 for the product."""
         weight = self.linear.weight
         return 0 if weight.dtype == torch.float32 or weight.is_cuda else weight.shape[1]
 
@@ -104,19 +113,19 @@ class Head:
             rows, columns = _GPU_ROWS, vocabulary
         rows = max(min(rows, num_rows), 1)
         room = max(self.max_bytes - 16 * num_rows, 1) // 4
+        width = self._converted
         # Narrower before lower: products of few rows leave the device idle.
-        columns = min(columns, max(room // (_NUM_COPIES * rows + self._converted), 1))
-        if columns < min(vocabulary, 1024):
-            columns = min(vocabulary, 1024)
-            rows = max(min(rows, (room // columns - self._converted) // _NUM_COPIES), 1)
+        columns = min(columns, max((room - width * rows) // (_NUM_COPIES * rows + width), 1))
+        if columns < min(vocabulary, _MIN_COLUMNS):
+            columns = min(vocabulary, _MIN_COLUMNS)
+            rows = max(min(rows, (room - width * columns) // (_NUM_COPIES * columns + width)), 1)
         return rows, columns
 
     def _weight(self, columns: slice) -> Tensor:
         weight = self.linear.weight[columns]
         return weight if weight.is_cuda else weight.float()
 
-    def _logits(self, hidden: Tensor, columns: slice, weight: Tensor | None = None) -> Tensor:
-        weight = self._weight(columns) if weight is None else weight
+    def _logits(self, hidden: Tensor, columns: slice, weight: Tensor) -> Tensor:
         if weight.is_cuda and weight.dtype != torch.float32:
             logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
         else:

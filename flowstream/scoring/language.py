@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from flowstream.batch import is_array
 from flowstream.scoring.adapters import bare_modules, base_of
 from flowstream.scoring.cache import Namespace, content_key, row_key
-from flowstream.scoring.head import logits_of, losses_of_logits
+from flowstream.scoring.capture import head_inputs
+from flowstream.scoring.head import Head, logits_of, losses_of_logits
 from flowstream.scoring.job import Reading, Sample
 from flowstream.scoring.reading import IGNORED, REMEDY, Integers, Place, as_tensor, content, to_device
 from flowstream.scoring.reference import Reference
@@ -152,15 +153,22 @@ def read_whole(
     return Reading(samples, (len(labels), width), None, positions)
 
 
-def run_whole(reference: Reference, whole: Whole) -> Tensor:
-    """[n] losses of a batch that is scored as it is."""
+def run_whole(reference: Reference, whole: Whole, head: Head | None) -> Tensor:
+    """[n] losses of a batch that is scored as it is, through `head` where there is one and the model makes no loss."""
     with reference.frozen() as model:
         device, dtype = reference.device, reference.dtype
         inputs = {name: to_device(value, device) for name, value in whole.inputs.items()}
         inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+        rows, targets = to_device(whole.rows, device), to_device(whole.targets, device)
+        if head is not None and "labels" not in inputs:
+            with head_inputs(head.linear) as kept:
+                model(**inputs, **without_cache(reference))
+            (hidden,) = kept
+            if tuple(hidden.shape[:-1]) == whole.shape:
+                return head.losses(hidden.flatten(0, 1).index_select(0, rows), targets)
         logits = logits_of(model(**inputs, **without_cache(reference)))
         check_logits(logits, whole.shape)
-        return losses_of_logits(logits, to_device(whole.rows, device), to_device(whole.targets, device))
+        return losses_of_logits(logits, rows, targets)
 
 
 def without_cache(reference: Reference) -> dict[str, Any]:

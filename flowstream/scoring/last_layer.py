@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_OUTPUTS = ("o_proj", "out_proj", "dense")
+"""What Llama and most others, OPT, and Phi call the last layer of their attention."""
+
 
 class LabelledRows:
     """Finds the modules of the last decoder layer that treat each row by itself, and runs them on some rows.
@@ -24,10 +27,11 @@ class LabelledRows:
         if layer is None:
             return
         for module in layer.children():
-            query, output = getattr(module, "q_proj", None), getattr(module, "o_proj", None)
-            if isinstance(query, nn.Module) and isinstance(output, nn.Module):
+            query = getattr(module, "q_proj", None)
+            outputs = [output for name in _OUTPUTS if isinstance(output := getattr(module, name, None), nn.Module)]
+            if isinstance(query, nn.Module) and len(outputs) == 1:
                 self.attention = module
-                self._modules += [query, output]
+                self._modules += [query, *outputs]
         mlp = getattr(layer, "mlp", None)
         if isinstance(mlp, nn.Module):
             self._modules.append(mlp)

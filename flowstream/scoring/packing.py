@@ -8,7 +8,7 @@ raises for whatever it does not know.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from flowstream.scoring import attention
 from flowstream.scoring.last_layer import LabelledRows
 
 NAME = "flowstream_packed"
 """The attention's name with transformers."""
+
+ASKING = "flowstream_asking"
+"""Another, by which a model is asked for its masks once: see `asked`."""
 
 _UNCHANGING = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"})
 _UNCHANGING |= {"return_dict", "num_items_in_batch", "output_router_logits", "logits_to_keep", "past_key_values"}
@@ -36,7 +39,7 @@ class Unpackable(RuntimeError):
     """The model asks for something that attention over packs does not know."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Pack:
     """Where the samples of a pack lie, as numbers on the host and, for kernels, on the device."""
 
@@ -77,25 +80,48 @@ class Packing:
     """Owns the switch of a model's attention to packs, and what in its last layer needs the labelled rows only."""
 
     def __init__(self, model: nn.Module, *, trims: bool = True) -> None:
-        self._model = model
+        self._configs = _configs(model)
         self._rows = LabelledRows(model) if trims else None
 
     @contextmanager
     def of(self, pack: Pack) -> Iterator[None]:
         """The model reads this pack. Afterwards its attention is the one it had."""
         with ExitStack() as stack:
-            for config in _configs(self._model):
-                stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            for config in _configs(self._model):
-                config._attn_implementation = NAME
             if self._rows is not None:
                 stack.enter_context(self._rows.only(pack.labelled, pack.length))
-            _under_way.pack = pack
-            _under_way.trimmed = self._rows.attention if self._rows is not None else None
-            try:
-                yield
-            finally:
-                del _under_way.pack, _under_way.trimmed
+            stack.enter_context(_switched(self._configs, NAME, pack, self._rows.attention if self._rows else None))
+            yield
+
+
+@contextmanager
+def asked(model: nn.Module, pack: Pack) -> Iterator[None]:
+    """The model reads this pack of one sample; `Unpackable` unless its attention is told of all that its masks hold.
+
+    Attention over packs sees no masks: a window that is only in them would be lost, and no trial of a few tokens would
+    show it.
+    """
+    _under_way.masks = []
+    try:
+        with _switched(_configs(model), ASKING, pack, None):
+            yield
+    finally:
+        del _under_way.masks
+
+
+@contextmanager
+def _switched(configs: Sequence[Any], name: str, pack: Pack, trimmed: nn.Module | None) -> Iterator[None]:
+    """The attention of this name over this pack in the configurations, outer ones first."""
+    before = [config._attn_implementation for config in configs]
+    _under_way.pack, _under_way.trimmed = pack, trimmed
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        del _under_way.pack, _under_way.trimmed
+        # Outer ones first here too: setting one sets those within it.
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def reason_against(model: nn.Module, accepted: frozenset[str]) -> str | None:
@@ -128,6 +154,7 @@ def _attend(
     **further: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, H or fewer, T, D] → [1, T, H, D], as transformers' attention functions."""
+    sliding_window = sliding_window or None  # 0 is a configuration's way to say none
     if torch.compiler.is_compiling():
         return _attend_opaquely(query, key, value, scaling, sliding_window, softcap), None
     pack: Pack | None = getattr(_under_way, "pack", None)
@@ -147,7 +174,7 @@ def _attend_opaquely(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """For torch.compile, which sees a single operator: where samples end is a matter of each pack, not of the graph."""
-    return attention.over_pack(query, key, value, _under_way.pack, scale, window, softcap)
+    return attention.over_pack(query, key, value, _under_way.pack, scale, window, softcap).contiguous()
 
 
 @_attend_opaquely.register_fake
@@ -157,10 +184,56 @@ def _(
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
+def _attend_asking(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **further: Any
+) -> tuple[Tensor, None]:
+    window = further.get("sliding_window") or None
+    if attention_mask is None:
+        holds = window is None
+    else:
+        given = [function for mask, function in _under_way.masks if mask is attention_mask]
+        holds = bool(given) and _is_band(given[0], window)
+    if not holds:
+        raise Unpackable(f"{type(module).__name__} has a mask that its attention is not told of")
+    return _attend(module, query, key, value, None, **further)
+
+
+def _mask_asked(
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any], **further: Any
+) -> Tensor:
+    mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device=further.get("device"))
+    _under_way.masks.append((mask, mask_function))
+    return mask
+
+
+def _is_band(function: Callable[..., Any], window: int | None) -> bool:
+    """Whether a mask function is causal with this window: at small and large positions, and about the window."""
+    ends = [2**k for k in range(20)] + ([] if window is None else [window, 2 * window])
+    at = torch.tensor(sorted({0} | {end + step for end in ends for step in (-1, 0, 1)}))
+    row, column = at[:, None], at[None, :]
+    zero = torch.zeros((), dtype=torch.int64)
+    found = torch.as_tensor(function(zero, zero, row, column))
+    expected = column <= row
+    if window is not None:
+        expected &= column > row - window
+    return bool((found == expected).all())
+
+
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations that the modules of a model read, outer ones first."""
-    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
+    """The configurations that the modules of a model read, and those within them, outer ones first."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if hasattr(config, "to_dict") and hasattr(config, "_attn_implementation") and id(config) not in found:
+            found[id(config)] = config
+            for name in getattr(config, "sub_configs", ()):
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
     return list(found.values())
 
 
 AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(ASKING, _attend_asking)
+AttentionMaskInterface.register(ASKING, _mask_asked)

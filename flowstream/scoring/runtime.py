@@ -39,7 +39,10 @@ class Runtime:
         self._label = ""
 
     def identify(self, scorer: object, *parts: object) -> None:
-        """Settle the fingerprint, once the reference was tried: the scorer's class, and all that changes a score beside the reference."""
+        """Settle the fingerprint, once the reference was tried.
+
+        `parts`: all that changes a score beside the reference and the scorer's class.
+        """
         self.reference.settle()
         self.fingerprint = self.reference.fingerprint(type(scorer).__name__, *parts)
         dtype = str(self.reference.dtype).removeprefix("torch.")

@@ -42,7 +42,7 @@ from flowstream.scoring.reading import (
 from flowstream.scoring.reference import Copy, TrainedAdapters
 from flowstream.scoring.runtime import Runtime, loaded
 
-_VERSION = 1
+_VERSION = 2
 """Raised when a change here moves losses: it is part of every cache key."""
 
 _logger = logging.getLogger("flowstream")
@@ -247,7 +247,7 @@ class Seq2SeqLMScorer:
 
     def _run(self, samples: list[Sample]) -> Tensor:
         if isinstance(samples[0].content, Whole):
-            return run_whole(self._reference, samples[0].content)
+            return run_whole(self._reference, samples[0].content, self._head)
         return self._losses([sample.content for sample in samples], self._head)
 
     def _losses(self, pairs: list[_Pair], head: Head | None) -> Tensor:

@@ -14,85 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import alone, check_samples, make_samples, num_labelled, packed, padded, score
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BatchEncoding
 
-from flowstream.scoring.cache import LossCache
 from flowstream.scoring.causal_lm import CausalLMScorer
-
-LENGTHS = (5, 11, 1, 8, 2)
-
-
-def make_samples(lengths: tuple[int, ...] = LENGTHS, seed: int = 0, first_id: int = 3) -> list[tuple[Tensor, Tensor]]:
-    """(ids, labels) of each sample; the first few labels ignored, as a prompt's are."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for number, length in enumerate(lengths):
-        ids = torch.randint(first_id, 97, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: number % 3] = -100
-        samples.append((ids, labels))
-    return samples
-
-
-def alone(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """[T] losses in fp32: what the model says of a sample that has no neighbours; 0 where nothing is labelled."""
-    losses = torch.zeros(len(ids))
-    with torch.no_grad():
-        logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-    for t in range(1, len(ids)):
-        if labels[t] != -100:
-            losses[t] = F.cross_entropy(logits[t - 1], labels[t])
-    return losses
-
-
-def num_labelled(labels: Tensor) -> int:
-    return int((labels[1:] != -100).sum())
-
-
-def padded(samples: list[tuple[Tensor, Tensor]], side: str, pad: int = 0) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in samples) + 1
-    batch = {
-        "input_ids": torch.full((len(samples), width), pad),
-        "attention_mask": torch.zeros(len(samples), width, dtype=torch.long),
-        "labels": torch.full((len(samples), width), -100),
-    }
-    for row, (ids, labels) in enumerate(samples):
-        where = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
-        batch["input_ids"][row, where] = ids
-        batch["attention_mask"][row, where] = 1
-        batch["labels"][row, where] = labels
-    return batch
-
-
-def packed(rows: list[list[tuple[Tensor, Tensor]]], width: int) -> dict[str, Tensor]:
-    """Documents one after the other, padding numbered 0, without a mask, as collators do."""
-    batch = {name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("input_ids", "position_ids")}
-    batch["labels"] = torch.full((len(rows), width), -100)
-    for row, samples in enumerate(rows):
-        start = 0
-        for ids, labels in samples:
-            where = slice(start, start + len(ids))
-            batch["input_ids"][row, where] = ids
-            batch["labels"][row, where] = labels
-            batch["position_ids"][row, where] = torch.arange(len(ids))
-            start += len(ids)
-    return batch
-
-
-def check_samples(model: nn.Module, samples: list[tuple[Tensor, Tensor]], scores: Any, atol: float = 2e-5) -> None:
-    assert scores.loss.dtype == torch.float32
-    assert scores.count.dtype == torch.int64
-    assert len(scores.loss) == len(scores.count) == len(samples)
-    for (ids, labels), loss, count in zip(samples, scores.loss, scores.count, strict=True):
-        assert count == num_labelled(labels)
-        expected = alone(model, ids, labels).sum() / max(int(count), 1)
-        assert loss.item() == pytest.approx(expected.item(), abs=atol, rel=atol)
-
-
-def score(scorer: CausalLMScorer, *batches: Any, **kwargs: Any) -> list[Any]:
-    return scorer.begin(batches, **({"level": "sample"} | kwargs)).finish()
+from flowstream.scoring.memory_cache import MemoryCache
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +128,6 @@ def test_a_gap_in_the_mask_is_closed(llama: Any, scorer: CausalLMScorer) -> None
         assert scores.segment is None
         check_samples(llama, [(ids, labels)], scores, atol=1e-3)
         assert scores.token_mask[0].nonzero()[:, 0].tolist() == gap[1:].tolist()
-
-
-def test_bf16_losses_are_taken_in_fp32(tiny: Any) -> None:
-    model, samples = tiny("llama").bfloat16(), make_samples()
-    (scores,) = score(CausalLMScorer(model), padded(samples, "left"))
-    check_samples(model, samples, scores, atol=0.03)
-    (whole,) = score(CausalLMScorer(model), padded(samples[1:2], "right"))
-    check_samples(model, samples[1:2], whole, atol=1e-5)  # not a bf16 number: the logsumexp is in fp32
 
 
 def test_fp16_rounding_of_huge_losses_gives_infinity_without_a_warning(tiny: Any) -> None:
@@ -402,7 +321,7 @@ def test_tuples_of_ids_and_labels(scorer: CausalLMScorer) -> None:
     assert plain.loss.equal(alike.loss)
     plain, pair, bare = score(scorer, {"input_ids": ids, "labels": labels}, [ids, labels], ids)
     assert plain.loss.equal(pair.loss)
-    assert bare.loss.equal(alike.loss)
+    torch.testing.assert_close(bare.loss, alike.loss, rtol=1e-6, atol=1e-6)  # beside other samples
 
 
 IDS = torch.full((2, 4), 5)
@@ -508,7 +427,7 @@ def test_embeddings_in_place_of_ids(tiny: Any) -> None:
     batch = padded(samples, "left")
     embedded = {k: v for k, v in batch.items() if k != "input_ids"}
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"])
-    scorer, cache = CausalLMScorer(model), LossCache()
+    scorer, cache = CausalLMScorer(model), MemoryCache()
     jobs = [scorer.begin([embedded, embedded], level="token", cache=cache) for _ in range(2)]
     for scores in jobs[0].finish():
         check_samples(model, samples, scores, atol=1e-3)
@@ -645,18 +564,21 @@ def test_the_same_window_gives_the_same_bits(llama: Any) -> None:
     assert all(a.loss.equal(b.loss) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("budget", [1, 7, 24, 10**6])
+@pytest.mark.parametrize("budget", [1, 7, 12, 10**6])
 def test_any_budget_gives_the_same_losses(llama: Any, budget: int) -> None:
     samples = make_samples()
     job = CausalLMScorer(llama, token_budget=budget).begin([padded(samples, "left")] * 2, level="sample")
-    assert job.num_steps == {1: 4, 7: 4, 24: 2, 10**6: 1}[budget]  # the second batch is a copy of the first
+    assert job.num_steps == {1: 4, 7: 3, 12: 2, 10**6: 1}[budget]  # the second batch is a copy of the first
     for scores in job.finish():
         check_samples(llama, samples, scores)
     assert job.num_steps == 0
 
 
-def test_padding_is_counted(llama: Any) -> None:
+def test_padding_is_counted(tiny: Any, llama: Any) -> None:
     job = CausalLMScorer(llama, token_budget=10**6).begin([padded(make_samples(), "left")], level="sample")
+    job.finish()
+    assert job.cost.num_tokens == job.cost.num_padded == 4 + 10 + 7 + 1  # of a pack nothing is padded
+    job = CausalLMScorer(tiny("mamba"), token_budget=10**6).begin([padded(make_samples(), "left")], level="sample")
     job.finish()
     assert job.cost.num_tokens == 4 + 10 + 7 + 1
     assert job.cost.num_padded == 4 * 10
@@ -666,7 +588,7 @@ def test_padding_is_counted(llama: Any) -> None:
 def test_a_cached_loss_equals_the_one_it_came_from_to_the_bit(llama: Any, level: Any) -> None:
     batches = [padded(make_samples(seed=seed), "left") for seed in range(3)]
     plain = score(CausalLMScorer(llama), *batches, level=level)
-    cache, scorer = LossCache(), CausalLMScorer(llama)
+    cache, scorer = MemoryCache(), CausalLMScorer(llama)
     first = scorer.begin(batches, level=level, cache=cache)
     scored = first.finish()
     assert (first.cost.num_lookups, first.cost.num_hits) == (12, 0)
@@ -687,7 +609,7 @@ def test_a_cached_loss_equals_the_one_it_came_from_to_the_bit(llama: Any, level:
 
 
 def test_levels_labels_and_references_do_not_share_entries(tiny: Any, llama: Any) -> None:
-    batch, cache = padded(make_samples(), "left"), LossCache()
+    batch, cache = padded(make_samples(), "left"), MemoryCache()
     score(CausalLMScorer(llama), batch, cache=cache)
     unlike = batch | {"labels": batch["labels"].clone()}
     unlike["labels"][[0, 1], -1] = -100
@@ -707,7 +629,7 @@ def test_levels_labels_and_references_do_not_share_entries(tiny: Any, llama: Any
 
 
 def test_rows_may_name_themselves(llama: Any) -> None:
-    scorer, cache, batch = CausalLMScorer(llama), LossCache(), padded(make_samples(), "left")
+    scorer, cache, batch = CausalLMScorer(llama), MemoryCache(), padded(make_samples(), "left")
     keys = [[f"sample {i}" for i in range(5)]]
     (expected,) = scorer.begin([batch], level="token", cache=cache, row_keys=keys).finish()
     augmented = batch | {"input_ids": (batch["input_ids"] + 1) % 97}
@@ -723,7 +645,7 @@ def test_rows_may_name_themselves(llama: Any) -> None:
 
 
 def test_documents_of_a_named_row_are_told_apart(llama: Any) -> None:
-    scorer, cache = CausalLMScorer(llama), LossCache()
+    scorer, cache = CausalLMScorer(llama), MemoryCache()
     samples = make_samples((5, 5, 5))
     samples = [(ids, ids) for ids, _ in samples]
     batch = packed([samples], 15)

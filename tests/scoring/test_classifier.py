@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowstream.scoring.cache import LossCache
 from flowstream.scoring.classifier import ClassifierScorer
+from flowstream.scoring.memory_cache import MemoryCache
 
 LENGTHS = (5, 11, 2, 8)
 
@@ -158,7 +158,7 @@ def test_the_callers_autocast_does_not_leak_in(resnet: ResNetish) -> None:
 
 
 def test_cached_by_content_or_by_name(resnet: ResNetish) -> None:
-    scorer, cache, (x, y) = ClassifierScorer(resnet), LossCache(), images()
+    scorer, cache, (x, y) = ClassifierScorer(resnet), MemoryCache(), images()
     (plain,) = score(scorer, (x, y))
     (first,) = score(scorer, (x, y), cache=cache)
     assert first.loss.equal(plain.loss)

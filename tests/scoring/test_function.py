@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowstream.scoring.cache import LossCache
 from flowstream.scoring.function import FunctionScorer, Prescored
+from flowstream.scoring.memory_cache import MemoryCache
 
 BATCH = {"x": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "flow_loss": torch.tensor([0.5, 1.5])}
 
@@ -40,7 +40,7 @@ def test_a_function_runs_without_gradients_and_is_never_cached() -> None:
         calls.append(torch.is_grad_enabled())
         return (batch["x"] @ weight).abs()
 
-    scorer, cache = FunctionScorer(fn), LossCache()
+    scorer, cache = FunctionScorer(fn), MemoryCache()
     for _ in range(2):
         (scores,) = scorer.begin([BATCH], level="sample", cache=cache, row_keys=[["a", "b"]]).finish()
     assert calls == [False, False]
