@@ -119,7 +119,8 @@ def _parameters(head: nn.Linear | Tensor) -> tuple[Tensor, Tensor | None]:
     elif isinstance(head, Tensor):
         matrix, bias = head, None
     else:
-        raise ValueError(f"the head is a {type(head).__name__}; {remedy} (of an adapted head, with its adapter merged)")
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise ValueError(f"the head is a {kind}; {remedy} (of an adapted head, with its adapter merged)")
     if type(matrix) not in (Tensor, nn.Parameter):
         raise ValueError(
             f"the head's weight is a {type(matrix).__name__}, sharded or quantised; {remedy} (gathered, "

@@ -66,7 +66,16 @@ def content_key(namespace: Namespace, *parts: bytes | NDArray[Any]) -> bytes:
     return namespace.prefix + digest.digest()
 
 
-def row_key(namespace: Namespace, key: object, index: int = 0, count: int = 1) -> bytes:
-    """The key of a row's sample `index`, of `count` losses, by the row's own name: a string, a number, a 0-d tensor."""
+def row_key(
+    namespace: Namespace, key: object, index: int = 0, count: int = 1, *, labels: NDArray[Any] | None = None
+) -> bytes:
+    """The key of a row's sample `index`, of `count` losses, by the row's own name: a string, a number, a 0-d tensor.
+
+    `labels`: what is to be predicted, where it is no matter of augmentation: a sample that was labelled anew, or one of
+    another shard that happens to have the same name, has another key.
+    """
     name = key.item() if hasattr(key, "item") else key
-    return namespace.prefix + xxhash.xxh3_128(f"row {index} {count} {name!r}".encode()).digest()
+    digest = xxhash.xxh3_128(f"row {index} {count} {name!r}".encode())
+    if labels is not None:
+        digest.update(np.ascontiguousarray(labels).data)
+    return namespace.prefix + digest.digest()

@@ -32,7 +32,7 @@ from flowstream.scoring.reading import (
     same_shape,
 )
 from flowstream.scoring.reference import Copy, TrainedAdapters
-from flowstream.scoring.runtime import Runtime, loaded
+from flowstream.scoring.runtime import Runtime, check_budget, loaded
 from flowstream.scoring.trial import Document
 
 _VERSION = 2
@@ -77,12 +77,15 @@ class CausalLMScorer:
         device: torch.device | str | None = None,
         trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
+        check_budget("max_head_bytes", max_head_bytes)
         self._runtime = Runtime(
             model, copy=copy, token_budget=token_budget, device=device, trained_adapters=trained_adapters
         )
         self._reference = self._runtime.reference
         if "input_ids" not in self._reference.accepted:
             raise ValueError(f"{type(model).__name__}.forward takes no input_ids: it is no causal language model")
+        if "decoder_input_ids" in self._reference.accepted:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder model: use Seq2SeqLMScorer")
         self._language = Language.of(self._reference)
         self._forward = Forward(
             self._reference, self._language, self._runtime.lane, max_head_bytes=max_head_bytes, compile=compile
@@ -100,6 +103,7 @@ class CausalLMScorer:
         max_head_bytes: int = 2**28,
         compile: bool = False,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
         **kwargs: Any,
     ) -> CausalLMScorer:
         """A scorer with a model of its own. `kwargs` go to `AutoModelForCausalLM.from_pretrained`: `dtype`,
@@ -107,7 +111,14 @@ class CausalLMScorer:
         from transformers import AutoModelForCausalLM
 
         model = loaded(AutoModelForCausalLM, name_or_path, device, **kwargs)
-        return cls(model, copy=False, token_budget=token_budget, max_head_bytes=max_head_bytes, compile=compile)
+        return cls(
+            model,
+            copy=False,
+            token_budget=token_budget,
+            max_head_bytes=max_head_bytes,
+            compile=compile,
+            trained_adapters=trained_adapters,
+        )
 
     def estimate(self) -> Estimate:
         """The memory and the operations that scoring takes, at the present token budget. Told in the log at the start.
@@ -234,7 +245,7 @@ class CausalLMScorer:
                 key = content_key(namespace, document.ids, document.targets)
             else:
                 within = number - int(np.searchsorted(layout.rows, row))
-                key = row_key(namespace, row_keys[row], within, end - begin)
+                key = row_key(namespace, row_keys[row], within, end - begin, labels=document.targets)
             length = last - start
             samples.append(Sample(key, length, length, end - begin, document, self._language.rope_group(length)))
         return Reading(

@@ -105,6 +105,7 @@ class ClassifierScorer:
         *,
         token_budget: int | None = None,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
         images: bool = False,
         **kwargs: Any,
     ) -> ClassifierScorer:
@@ -113,7 +114,7 @@ class ClassifierScorer:
 
         auto: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
         model = loaded(auto, name_or_path, device, **kwargs)
-        return cls(model, copy=False, token_budget=token_budget)
+        return cls(model, copy=False, token_budget=token_budget, trained_adapters=trained_adapters)
 
     def begin(
         self,
@@ -170,7 +171,10 @@ class ClassifierScorer:
                 parts = [part for name, value in values.items() for part in content(name, value)]
                 key = content_key(namespace, *parts, *content("", target))
             else:
-                key = row_key(namespace, row_keys[row])
+                classes = (
+                    None if target.is_floating_point() else target.numpy()
+                )  # mixed ones are a matter of augmentation
+                key = row_key(namespace, row_keys[row], labels=classes)
             num_tokens = len(values["input_ids"]) if "input_ids" in values else 1
             length = num_tokens if "input_ids" in values else -(-sum(v.numel() for v in values.values()) // _PATCH)
             count = int(labelled[row])

@@ -51,7 +51,7 @@ class DiskCache:
     def __init__(self, path: str | os.PathLike[str], max_bytes: int | None = None) -> None:
         if max_bytes is not None and max_bytes < 2**20:
             raise ValueError(f"max_bytes is {max_bytes}: give at least {2**20}, or None")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.max_bytes = max_bytes
         self.num_lookups = 0
         self.num_hits = 0
@@ -105,6 +105,9 @@ class DiskCache:
         now = datetime.now().isoformat(timespec="seconds")
         stale = {prefix for prefix in prefixes if self._stamped.get(prefix) != now[:10]}
         if not entries and not stale:
+            return
+        if not environment.is_in_place():
+            self._stop_writing("its file was deleted, or replaced")
             return
         try:
             known = environment.records()

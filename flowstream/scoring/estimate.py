@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from flowstream.scoring.adapters import bare_modules, layers_of
-from flowstream.scoring.entering import modules_of
+from flowstream.scoring.adapters import bare_modules
 from flowstream.scoring.reference import Reference
 
 
@@ -52,14 +51,13 @@ def estimate(reference: Reference, num_tokens: int, head_bytes: int) -> Estimate
     """
     modules = [module for _, module in bare_modules(reference.model)]
     tensors = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    adapted = bool(layers_of(modules_of(reference.model)))
     return Estimate(
         device=reference.device,
         num_parameters=sum(p.numel() for p in tensors.values()),
-        weight_bytes=0 if adapted and not reference.copied else sum(p.nbytes for p in tensors.values()),
+        weight_bytes=0 if reference.adapted and not reference.copied else sum(p.nbytes for p in tensors.values()),
         activation_bytes=num_tokens * _bytes_a_token(reference.config, reference.dtype.itemsize),
         head_bytes=head_bytes,
-        share_of_training=1 / 2 if adapted else 1 / 3,
+        share_of_training=1 / 2 if reference.adapted else 1 / 3,
     )
 
 

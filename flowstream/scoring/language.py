@@ -145,7 +145,8 @@ def read_whole(
         bits = content_key(namespace, *parts, labels)
         keys = [content_key(namespace, bits, f"row {row}".encode()) for row in range(len(labels))]
     else:
-        keys = [row_key(namespace, key, count=n) for key, n in zip(row_keys, counts, strict=True)]
+        wanted = [flat[where] for where in positions]
+        keys = [row_key(namespace, key, count=len(y), labels=y) for key, y in zip(row_keys, wanted, strict=True)]
     samples = [
         Sample(key, length, length, count, whole, group=("whole", place.batch), whole=True)
         for key, length, count in zip(keys, lengths, counts, strict=True)

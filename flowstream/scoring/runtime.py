@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from flowstream.scoring.job import Budget, Reading, Sample, WindowJob
 from flowstream.scoring.reading import Place
 from flowstream.scoring.reference import Copy, Reference, TrainedAdapters
 from flowstream.window import Layout, Padded
+
+_logger = logging.getLogger("flowstream")
 
 Read = Callable[[Any, Place, Namespace, Sequence[object] | None], Reading]
 """A batch, where it stands, and the names of its rows for the cache → what is to be scored of it."""
@@ -32,10 +35,13 @@ class Runtime:
         device: torch.device | str | None,
         trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
+        if token_budget is not None:
+            check_budget("token_budget", token_budget)
         self.reference = Reference(model, copy=copy, device=device, trained_adapters=trained_adapters)
         self.lane = Lane(self.reference.device)
         self.budget = Budget.of(token_budget, self.reference.device)
         self.fingerprint = ""
+        self._told_repeats = False
         self._label = ""
 
     def identify(self, scorer: object, *parts: object) -> None:
@@ -66,6 +72,8 @@ class Runtime:
         namespace = Namespace(self.fingerprint, level, self._label)
         if cache is not None:
             cache.register(namespace)
+        if row_keys is not None and cache is not None:
+            self._look_for_repeats(row_keys)
         keys = row_keys if row_keys is not None and cache is not None else [None] * len(batches)
         readings = [
             read(batch, Place(number), namespace, keys_of_rows)
@@ -82,6 +90,25 @@ class Runtime:
             cache=cache,
             needs_loss=needs_loss,
         )
+
+    def _look_for_repeats(self, row_keys: Sequence[Sequence[object]]) -> None:
+        names = [str(name) for of_batch in row_keys for name in of_batch]
+        num_names = len(set(names))
+        if num_names < len(names) and not self._told_repeats:
+            self._told_repeats = True
+            _logger.warning(
+                "cache_key gives %d samples of a window %d names: samples of one name (and label) share one loss. "
+                "Where they are different ones (keys that begin anew in each shard), give names that are unique over all "
+                "shards, such as __url__ + __key__ (told once)",
+                len(names),
+                num_names,
+            )
+
+
+def check_budget(name: str, value: object) -> None:
+    """`ValueError` unless `value` is a whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
 
 
 def loaded(auto: Any, name_or_path: str, device: torch.device | str | None, **kwargs: Any) -> nn.Module:

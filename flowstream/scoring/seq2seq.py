@@ -40,7 +40,7 @@ from flowstream.scoring.reading import (
     same_shape,
 )
 from flowstream.scoring.reference import Copy, TrainedAdapters
-from flowstream.scoring.runtime import Runtime, loaded
+from flowstream.scoring.runtime import Runtime, check_budget, loaded
 
 _VERSION = 2
 """Raised when a change here moves losses: it is part of every cache key."""
@@ -85,6 +85,7 @@ class Seq2SeqLMScorer:
         device: torch.device | str | None = None,
         trained_adapters: TrainedAdapters = "refuse",
     ) -> None:
+        check_budget("max_head_bytes", max_head_bytes)
         self._runtime = Runtime(
             model, copy=copy, token_budget=token_budget, device=device, trained_adapters=trained_adapters
         )
@@ -106,13 +107,20 @@ class Seq2SeqLMScorer:
         token_budget: int | None = None,
         max_head_bytes: int = 2**28,
         device: torch.device | str | None = None,
+        trained_adapters: TrainedAdapters = "refuse",
         **kwargs: Any,
     ) -> Seq2SeqLMScorer:
         """A scorer with a model of its own. `kwargs` go to `AutoModelForSeq2SeqLM.from_pretrained`."""
         from transformers import AutoModelForSeq2SeqLM
 
         model = loaded(AutoModelForSeq2SeqLM, name_or_path, device, **kwargs)
-        return cls(model, copy=False, token_budget=token_budget, max_head_bytes=max_head_bytes)
+        return cls(
+            model,
+            copy=False,
+            token_budget=token_budget,
+            max_head_bytes=max_head_bytes,
+            trained_adapters=trained_adapters,
+        )
 
     def begin(
         self,
@@ -209,7 +217,7 @@ class Seq2SeqLMScorer:
                 )
                 key = content_key(namespace, f"{len(pair.ids)} {len(parts)} ".encode(), *parts)
             else:
-                key = row_key(namespace, row_keys[row], count=len(predicted))
+                key = row_key(namespace, row_keys[row], count=len(predicted), labels=pair.targets)
             length = len(pair.ids) + len(columns)
             samples.append(Sample(key, length, length, len(predicted), pair, group=decoder_ids is None))
             where.append(row * labels.shape[1] + columns[labels[row, columns] != IGNORED])

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import alone, check_samples, make_samples, num_labelled, packed, padded, score
 from torch import Tensor, nn
-from transformers import BatchEncoding
+from transformers import AutoModelForCausalLM, BatchEncoding
 
 from flowstream.scoring.causal_lm import CausalLMScorer
 from flowstream.scoring.memory_cache import MemoryCache
@@ -755,9 +756,33 @@ def test_what_is_no_causal_model_is_refused(tiny: Any) -> None:
             CausalLMScorer(tiny("bert")),
             padded(make_samples((4, 5, 6, 7, 8)), "right") | {"labels": torch.ones(5, 9, dtype=torch.long)},
         )
-    with pytest.raises(ValueError, match="token_budget must be at least 1"):
+    with pytest.raises(ValueError, match="token_budget is 0"):
         CausalLMScorer(tiny("llama"), token_budget=0)
     with pytest.raises(ValueError, match="copy must be True, False or 'auto'"):
         CausalLMScorer(tiny("llama"), copy="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="meta device"), torch.device("meta"):
         CausalLMScorer(Bounded(3))
+
+
+@pytest.mark.parametrize("name", ["max_head_bytes", "token_budget"])
+@pytest.mark.parametrize("value", ["x", 0, -5, 2.5, True])
+def test_budgets_are_whole_numbers(tiny: Any, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: give a whole number of at least 1"):
+        CausalLMScorer(tiny("llama"), **{name: value})
+
+
+def test_encoder_decoders_have_a_scorer_of_their_own(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="is an encoder-decoder model: use Seq2SeqLMScorer"):
+        CausalLMScorer(tiny("bart"))
+
+
+def test_trained_adapters_load_from_disk_where_the_base_is_meant(tiny: Any, tmp_path: Any) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trained_adapters"):
+        CausalLMScorer.from_pretrained(str(tmp_path / "adapter"))
+    scorer = CausalLMScorer.from_pretrained(str(tmp_path / "adapter"), trained_adapters="ignore")
+    (scores,) = score(scorer, padded(make_samples(), "right"))
+    check_samples(tiny("llama"), make_samples(), scores)

@@ -320,3 +320,24 @@ def test_from_pretrained_loads_a_frozen_model(tiny: Any, tmp_path: Any, name: st
     assert score(scorer, batch)[0].loss.equal(score(ClassifierScorer(model), batch)[0].loss)
     assert scorer.fingerprint() == ClassifierScorer(model).fingerprint()
     scorer.load_state_dict(scorer.state_dict())
+
+
+def test_names_that_begin_anew_in_each_shard_are_told_of_and_labels_keep_them_apart(
+    resnet: ResNetish, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer, cache = ClassifierScorer(resnet), MemoryCache()
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = [["0", "1", "2", "0", "1", "2"]]
+
+    def losses(labels: Tensor) -> Tensor:
+        job = scorer.begin([(images, labels)], level="sample", cache=cache, row_keys=names)
+        return job.finish()[0].loss
+
+    apart = losses(torch.tensor([0, 1, 2, 3, 4, 3]))
+    assert "gives 6 samples of a window 3 names" in caplog.text
+    (alone,) = scorer.begin([(images, torch.tensor([0, 1, 2, 3, 4, 3]))], level="sample").finish()
+    torch.testing.assert_close(apart, alone.loss)
+    again = losses(torch.tensor([1, 1, 2, 3, 4, 3]))  # labelled anew
+    assert again[0] != apart[0]
+    assert torch.equal(again[1:], apart[1:])
+    assert caplog.text.count("names: samples of one name") == 1

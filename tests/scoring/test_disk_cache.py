@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from disk_caches import SAMPLE, TOKEN, keys_of, losses_of, num_right, output, start
 
-from flowstream.scoring.cache import Namespace
+from flowstream.scoring.cache import Namespace, content_key
 from flowstream.scoring.disk_cache import DiskCache
 
 
@@ -368,3 +368,31 @@ def test_a_cache_of_a_later_version_is_refused(tmp_path: Path) -> None:
         transaction.put(b"format", b"flowstream loss cache 2")
     with pytest.raises(ValueError, match=r"flowstream loss cache 2.*reads flowstream loss cache 1"):
         DiskCache(tmp_path)
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = DiskCache("~/losses")
+    cache.close()
+    assert (tmp_path / "losses" / "data.mdb").exists()
+
+
+def test_a_cache_deleted_under_a_stream_is_told_and_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, namespace = tmp_path / "losses", Namespace("a", "sample")
+    keys = [content_key(namespace, bytes([number])) for number in range(4)]
+    values = [np.array([number], np.float32) for number in range(4)]
+    old = DiskCache(path)
+    old.register(namespace)
+    old.put(keys[:2], values[:2])
+    shutil.rmtree(path)
+    new = DiskCache(path)
+    new.register(namespace)
+    assert new.get(keys) == [None] * 4
+    new.put(keys[2:], values[2:])
+    old.put(keys[:1], values[:1])
+    assert "its file was deleted, or replaced" in caplog.text
+    old.close()
+    assert [value is not None for value in new.get(keys)] == [False, False, True, True]
+    new.close()

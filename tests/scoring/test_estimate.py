@@ -32,7 +32,11 @@ def test_weights_are_counted_once_and_not_at_all_where_they_are_the_trained_mode
     assert alone.share_of_training == pytest.approx(1 / 3)
     tied = CausalLMScorer(tiny("llama", tie_word_embeddings=True)).estimate()
     assert tied.num_parameters == alone.num_parameters - 97 * 32
-    lora = CausalLMScorer(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))).estimate()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    copied = CausalLMScorer(adapted, copy=True).estimate()
+    assert copied.weight_bytes == alone.weight_bytes
+    assert copied.share_of_training == pytest.approx(1 / 2)
+    lora = CausalLMScorer(adapted).estimate()
     assert lora.num_parameters == alone.num_parameters
     assert lora.weight_bytes == 0
     assert lora.share_of_training == pytest.approx(1 / 2)

@@ -61,6 +61,7 @@ class Environment:
             check_place(path, create=create)
             self._held = hold(path)
             self.handle = self._open(map_size)
+            self._opened = _identity(path)
         except BaseException:
             self._let_go()
             raise
@@ -75,6 +76,13 @@ class Environment:
             if isinstance(error, lmdb.Error):
                 raise UnavailableError(str(error)) from error
             raise
+
+    def is_in_place(self) -> bool:
+        """Whether its file is still the one at its path."""
+        try:
+            return _identity(self.path) == self._opened
+        except OSError:
+            return False
 
     def read(self, keys: Iterable[bytes]) -> list[bytes | None]:
         """What stands under `keys`, in one transaction. Raises `lmdb.Error`."""
@@ -222,6 +230,11 @@ class Environment:
             return None if found is None else bytes(found)
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path / "data.mdb")
+    return found.st_dev, found.st_ino
+
+
 # One a path and process
 
 _open_here: dict[Path, Environment] = {}
@@ -236,8 +249,10 @@ def acquire(path: str | os.PathLike[str], *, create: bool = True, max_bytes: int
         ValueError: what is there is no loss cache, or a damaged one.
         UnavailableError: the disk is full, or permissions are missing.
     """
-    real = Path(os.path.realpath(path))
+    real = Path(os.path.realpath(os.path.expanduser(path)))
     with _guard:
+        if real in _open_here and not _open_here[real].is_in_place():
+            del _open_here[real]  # deleted under its users, who go on with what nobody else will find
         if real not in _open_here:
             map_size = _FIRST_MAP if max_bytes is None else min(_FIRST_MAP, max_bytes)
             try:
@@ -256,11 +271,12 @@ def acquire(path: str | os.PathLike[str], *, create: bool = True, max_bytes: int
 def release(environment: Environment) -> None:
     """Close it, where this was the last user. What a parent process opened is left alone."""
     with _guard:
-        if _open_here.get(environment.path) is not environment:
+        if is_inherited(environment):
             return
         environment.num_users -= 1
         if not environment.num_users:
-            del _open_here[environment.path]
+            if _open_here.get(environment.path) is environment:
+                del _open_here[environment.path]
             environment.close()
 
 
