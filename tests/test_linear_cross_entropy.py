@@ -473,7 +473,7 @@ class Sharded(torch.Tensor):
     ("head", "found"),
     [
         (Quantised(D, V), r"the head is a Quantised, quantised or otherwise .*; give a torch.nn.Linear"),
-        (nn.Sequential(nn.Linear(D, V)), r"the head is a Sequential; .* adapter merged"),
+        (nn.Sequential(nn.Linear(D, V)), r"the head is a torch.nn.modules.container.Sequential; .* adapter merged"),
         (torch.zeros(V, D).as_subclass(Sharded), r"head's weight is a Sharded, sharded or quantised; .*full_tensor"),
         (torch.zeros(V, D, dtype=torch.int8), r"dtype torch.int8"),
         (nn.Linear(D, V, device="meta"), r"on meta"),

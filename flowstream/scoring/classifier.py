@@ -171,9 +171,8 @@ class ClassifierScorer:
                 parts = [part for name, value in values.items() for part in content(name, value)]
                 key = content_key(namespace, *parts, *content("", target))
             else:
-                classes = (
-                    None if target.is_floating_point() else target.numpy()
-                )  # mixed ones are a matter of augmentation
+                # Soft targets may be mixed, as augmentation does.
+                classes = None if target.is_floating_point() else target.numpy()
                 key = row_key(namespace, row_keys[row], labels=classes)
             num_tokens = len(values["input_ids"]) if "input_ids" in values else 1
             length = num_tokens if "input_ids" in values else -(-sum(v.numel() for v in values.values()) // _PATCH)

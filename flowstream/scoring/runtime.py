@@ -98,8 +98,8 @@ class Runtime:
             self._told_repeats = True
             _logger.warning(
                 "cache_key gives %d samples of a window %d names: samples of one name (and label) share one loss. "
-                "Where they are different ones (keys that begin anew in each shard), give names that are unique over all "
-                "shards, such as __url__ + __key__ (told once)",
+                "Where they are different ones (keys that begin anew in each shard), give names that are unique over "
+                "all shards, such as __url__ + __key__ (told once)",
                 len(names),
                 num_names,
             )
