@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+_COMPILED = "_compiled_call_impl"
+"""Where `nn.Module.compile` keeps what is called in place of the module."""
+
 
 @contextmanager
 def entered(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
     """The model (these are its modules) in eval mode, with its class's forward, without gradients or autocast.
+
+    What the caller compiled in place (`model.compile()`) runs uncompiled: under other modes and another attention it
+    would be compiled anew, until Dynamo gives it up, and training with it.
 
     It has read nothing yet: rotary frequencies that follow the longest sequence so far are those of a new model.
     """
@@ -28,8 +34,11 @@ def entered(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_unread(modules))
         training = [module for module in modules if module.training]
+        compiled = [(vars(module), call) for module in modules if (call := vars(module).get(_COMPILED)) is not None]
         patched = vars(model).get("forward")
         try:
+            for own, _ in compiled:
+                own[_COMPILED] = None
             _set_training(training, False)
             if patched is not None and has_forward(model):
                 vars(model)["forward"] = _own_forward(model)
@@ -38,6 +47,8 @@ def entered(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
             if patched is not None:
                 vars(model)["forward"] = patched
             _set_training(training, True)
+            for own, call in compiled:
+                own[_COMPILED] = call
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

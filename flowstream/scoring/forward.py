@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from flowstream.scoring.device import Lane
 from flowstream.scoring.head import Head, logits_of, losses_of_logits
 from flowstream.scoring.language import Language, check_logits, without_cache
+from flowstream.scoring.out_of_memory import enough_to_try
 from flowstream.scoring.packing import Pack, Packing, asked, offsets_of, reason_against
 from flowstream.scoring.reading import IGNORED, right_padded
 from flowstream.scoring.reference import Reference
-from flowstream.scoring.trial import Document, Trial, failure_of
+from flowstream.scoring.trial import Document, Trial, Untried, failure_of
 from flowstream.window import Layout, Packed, Padded
 
 _logger = logging.getLogger("flowstream")
@@ -57,9 +58,7 @@ class Forward:
         self._compiled: Callable[..., Any] | None = None
         self._way = _Way()
         self._packing: Packing | None = None
-        self._choose(self._reason_against(), trims=not compile)
-        if compile:
-            self._compile()
+        self._choose(compile)
 
     @property
     def layout(self) -> Layout:
@@ -166,36 +165,48 @@ class Forward:
         return reason_against(self._reference.model, self._reference.accepted)
 
     @torch.inference_mode(False)
-    def _choose(self, reason: str | None, trims: bool) -> None:
+    def _choose(self, compile: bool) -> None:
         """The shortest way that gives what the model says of each document alone."""
         name = type(self._reference.model).__name__
-        with self._lane.entered():
-            trial = Trial.of(self._reference, self._language)
-            if trial is not None and trial.reads_ahead:
+        with self._lane.entered(), enough_to_try():
+            try:
+                trial = Trial.of(self._reference, self._language)
+            except Untried as why:
+                # The model's own logits, padded on the right, where what is causal does not look.
+                level = logging.INFO if why.__cause__ is None else logging.WARNING
+                _logger.log(level, "%s is scored %s, untried: %s", name, self._way, why)
+                if compile:
+                    self._refuse_to_compile(f"it could not be tried: {why}")
+                return
+            if trial.reads_ahead:
                 _logger.warning(
                     "%s reads ahead of the token that it predicts from: it is no causal language model, and its losses "
                     "say little (is `is_decoder` missing in its configuration?)",
                     name,
                 )
-            if reason is None and trial is not None:
+            reason = self._reason_against()
+            if reason is None:
                 reason = failure_of(partial(self._ask_for_masks, trial.groups[0][0]))
                 if reason is not None:
                     _logger.warning("%s is not scored packed: %s", name, reason)
-            ways = self._ways(packs=reason is None, trims=trims) if trial is not None else []
-            for way in ways:
-                assert trial is not None
+            against_head = _why_headless(self._reference.model)
+            for way in self._ways(packs=reason is None, trims=not compile):
                 error = trial.error(partial(self._run, way=way))
                 if error is None:
                     self._way = way
                     break
                 _logger.warning("%s is not scored %s: %s", name, way, error)
+                against_head = error if way.head else against_head
             else:
-                # Where nothing can be tried, the plainest way stands, untried.
-                self._way = _Way(alone=trial is not None)
+                self._way = _Way(alone=True)
             if self._way.packs:
                 self._packing = Packing(self._reference.model, trims=self._way.trims)
-        because = f" ({reason})" if reason is not None else ""
-        _logger.info("%s is scored %s%s", name, self._way, because)
+            because = f" ({reason})" if reason is not None else ""
+            _logger.info("%s is scored %s%s", name, self._way, because)
+            if compile and not self._way.head:
+                self._refuse_to_compile(f"its head is not taken in fp32: {against_head}")
+            if compile:
+                self._compile(trial)
 
     def _ways(self, *, packs: bool, trims: bool) -> list[_Way]:
         """What is tried, the shortest first."""
@@ -211,11 +222,31 @@ class Forward:
         with self._reference.frozen() as model, asked(model, pack):
             model(input_ids=sent[0], **without_cache(self._reference))
 
-    def _compile(self) -> None:
-        if not self._way.head:
-            raise ValueError(
-                f"compile=True compiles the body of the reference, and {type(self._reference.model).__name__} is "
-                f"scored {self._way}: leave it out"
-            )
+    def _refuse_to_compile(self, because: str) -> NoReturn:
+        raise ValueError(
+            f"compile=True compiles the body of the reference, and {type(self._reference.model).__name__} is scored "
+            f"{self._way} ({because}): leave it out"
+        )
+
+    def _compile(self, trial: Trial) -> None:
+        """The body compiled, if it says the same. Compilation happens here, not in the first window."""
+        name = type(self._reference.model).__name__
+        _logger.info("%s is compiled, and tried: this may take minutes", name)
         # Dynamic shapes: one graph for packs of all lengths.
         self._compiled = torch.compile(self._reference.model.base_model, dynamic=True)  # type: ignore[arg-type]
+        error = trial.error(partial(self._run, way=self._way))
+        if error is not None:
+            self._compiled = None
+            _logger.warning("%s is not scored compiled: %s", name, error)
+        else:
+            _logger.info("%s is scored compiled", name)
+
+
+def _why_headless(model: nn.Module) -> str:
+    """Why `Head.of` knows none."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return "the model has none"
+    dtype = getattr(getattr(head, "weight", None), "dtype", None)
+    return f"it is a {type(head).__name__} in {dtype}, not a Linear in float32, bfloat16 or float16"

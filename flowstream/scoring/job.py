@@ -16,6 +16,7 @@ from torch import Tensor
 from flowstream.scoring.base import Cost, Level, Scores
 from flowstream.scoring.cache import LossCache
 from flowstream.scoring.device import Fetched, Lane
+from flowstream.scoring.out_of_memory import is_out_of_memory
 from flowstream.scoring.reading import Integers
 from flowstream.window import Layout, Padded
 
@@ -207,7 +208,9 @@ class WindowJob:
         try:
             with self._lane.entered():
                 return self._run(samples)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if samples[0].whole:
                 raise RuntimeError(
                     f"the scorer ran out of memory on a batch of {len(samples)} rows ({self._size(samples)} tokens), "

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flowstream.scoring import attention
 from flowstream.scoring.last_layer import LabelledRows
+from flowstream.scoring.turn import InUse
 
 NAME = "flowstream_packed"
 """The attention's name with transformers."""
@@ -112,6 +113,13 @@ def asked(model: nn.Module, pack: Pack) -> Iterator[None]:
 def _switched(configs: Sequence[Any], name: str, pack: Pack, trimmed: nn.Module | None) -> Iterator[None]:
     """The attention of this name over this pack in the configurations, outer ones first."""
     before = [config._attn_implementation for config in configs]
+    for own in before:
+        if own in (NAME, ASKING):  # to put that back would leave it there for good
+            raise InUse(
+                f"the model's attention is {own!r} already: another thread is scoring it, or the model was copied "
+                "while one did. Score it in one thread at a time, and set model.config._attn_implementation to an "
+                "attention of transformers"
+            )
     _under_way.pack, _under_way.trimmed = pack, trimmed
     try:
         for config in configs:

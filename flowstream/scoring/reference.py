@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from flowstream.scoring.checksum import Checksum, Places
 from flowstream.scoring.device import Lane
 from flowstream.scoring.entering import device_of, entered, forward_names, has_forward, modules_of
 from flowstream.scoring.head import logits_of
+from flowstream.scoring.out_of_memory import enough_to_try, is_out_of_memory
 from flowstream.scoring.trained_adapters import refuse_moved, refuse_prompt, refuse_trained
+from flowstream.scoring.turn import InUse, turn
 
 Copy = bool | Literal["auto"]
 TrainedAdapters = Literal["refuse", "ignore"]
@@ -32,7 +35,8 @@ class Reference:
     """Owns the frozen model of a scorer: its own copy, or the caller's model shared as it is.
 
     `copy="auto"` copies if a parameter requires a gradient (the model will be trained) or if `device` is another
-    device; `True` always copies; `False` shares. A shared model gets every flag back after each use.
+    device; `True` always copies; `False` shares. A shared model gets every flag back after each use. Where it may be in
+    training, it is used in the thread that made the reference only; a copy in any.
 
     Of a model with PEFT adapters the base is the reference, with its adapters off while it scores: `"auto"` shares it,
     `True` copies the base alone. Adapters that change what the base says are refused, as the base is then not what the
@@ -58,7 +62,8 @@ class Reference:
             raise ValueError(f"trained_adapters must be 'refuse' or 'ignore', not {trained_adapters!r}")
         given, model = model, _unwrap(model)
         _refuse(model)
-        adapted = bool(adapters.layers_of(modules_of(model)))
+        self.adapted = adapted = bool(adapters.layers_of(modules_of(model)))
+        """Whether the model it was taken from carries PEFT adapters."""
         where = device_of(model)
         wanted = where if device is None else _indexed(torch.device(device))
         if wanted != where and (copy is False or (adapted and copy == "auto")):
@@ -66,14 +71,17 @@ class Reference:
             raise ValueError(
                 f"{shares}, which is on {where}, and would move it to {wanted}: leave `device` out, or use copy=True"
             )
-        if trained_adapters == "refuse":
-            for wrapper in _wrappers(given):
-                refuse_prompt(wrapper)
-            refuse_trained(model, lambda: _probe(model))
         if copy == "auto":
             copy = not adapted and (wanted != where or any(p.requires_grad for p in model.parameters()))
         self.copied = bool(copy)
-        self.model = _frozen_copy(model, wanted) if self.copied else model
+        with turn(model, waits=self.copied):  # in between, its attention is the one over packs
+            if trained_adapters == "refuse":
+                for wrapper in _wrappers(given):
+                    refuse_prompt(wrapper)
+                with enough_to_try():
+                    refuse_trained(model, lambda: _probe(model))
+            self.model = _frozen_copy(model, wanted) if self.copied else model
+        self._thread = threading.get_ident()
         names = forward_names(self.model)
         self.accepted = frozenset(names)
         """Names of the arguments that the model's forward takes."""
@@ -102,11 +110,14 @@ class Reference:
     def frozen(self) -> Iterator[nn.Module]:
         """The model in eval mode, without adapters, gradients or autocast, whatever the caller has set.
 
-        All is put back after. What a trainer put over the model's forward is not followed.
+        All is put back after. What a trainer put over the model's forward is not followed. `InUse` (a `RuntimeError`)
+        where another thread may be running a shared model meanwhile; for a copy, it is waited for.
         """
         _refuse_partitioned(self.model)
         modules = modules_of(self.model)  # as they are now: adapters come and go
-        with entered(self.model, modules), adapters.switched(modules, off=True):
+        if not self.copied and threading.get_ident() != self._thread:
+            _refuse_training(modules)
+        with turn(self.model, waits=self.copied), entered(self.model, modules), adapters.switched(modules, off=True):
             yield self.model
 
     def settle(self) -> None:
@@ -138,10 +149,16 @@ class Reference:
         if not changed:  # moved to another device
             self._sampled = now
             return
+        cause = "it is being trained"
+        if self.adapted and not self.copied:
+            cause += (
+                ", or adapters were merged into it and taken out again (merge_adapter() and unmerge_adapter(), which "
+                "leave the base's weights off by rounding)"
+            )
         raise RuntimeError(
             f"the reference has changed since the scorer was made ({changed[0]!r}, {len(changed)} of {len(after)} "
-            "tensors): it is being trained, and its losses would drift with it. Give the scorer a copy of its own "
-            "(copy=True), or load the weights before you make the scorer"
+            f"tensors): {cause}, and its losses would drift with it. Give the scorer a copy of its own (copy=True), or "
+            "load the weights before you make the scorer"
         )
 
     def fingerprint(self, *parts: object) -> str:
@@ -172,8 +189,21 @@ def _probe(model: nn.Module) -> Tensor | None:
         if "decoder_input_ids" in forward_names(model):
             inputs["decoder_input_ids"] = ids
         return logits_of(model(**inputs))
-    except Exception:  # whatever it is or needs besides, it cannot be asked
+    except Exception as error:  # whatever it is or needs besides, it cannot be asked
+        if is_out_of_memory(error):
+            raise
         return None
+
+
+def _refuse_training(modules: list[nn.Module]) -> None:
+    """`InUse` for a model that its own thread may be training while another scores it."""
+    trained = any(module.training for module in modules) or bool(adapters.layers_of(modules))
+    if trained or any(p is not None and p.requires_grad for module in modules for p in module._parameters.values()):
+        raise InUse(
+            "the stream is iterated in another thread than the one that made its scorer, over a model that is shared "
+            "and may be in training: scoring would switch its attention, its modes and its adapters under the "
+            "training. Make the scorer and iterate in the thread that trains, or pass copy=True"
+        )
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:

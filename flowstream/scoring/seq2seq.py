@@ -27,6 +27,7 @@ from flowstream.scoring.language import (
     run_whole,
     without_cache,
 )
+from flowstream.scoring.out_of_memory import enough_to_try, is_out_of_memory
 from flowstream.scoring.reading import (
     IGNORED,
     Integers,
@@ -41,6 +42,7 @@ from flowstream.scoring.reading import (
 )
 from flowstream.scoring.reference import Copy, TrainedAdapters
 from flowstream.scoring.runtime import Runtime, check_budget, loaded
+from flowstream.scoring.turn import InUse
 
 _VERSION = 2
 """Raised when a change here moves losses: it is part of every cache key."""
@@ -297,7 +299,12 @@ class Seq2SeqLMScorer:
         try:
             with self._runtime.lane.entered():
                 off = (self._losses(pairs, head) - self._losses(pairs, None)).abs().max().item()
+        except InUse:
+            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                with enough_to_try():
+                    raise
             failure: object = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             if off <= (1e-4 if self._reference.dtype == torch.float32 else 0.2):

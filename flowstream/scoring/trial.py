@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from flowstream.scoring.head import logits_of
 from flowstream.scoring.language import Language, without_cache
+from flowstream.scoring.out_of_memory import is_out_of_memory
 from flowstream.scoring.reading import IGNORED, Integers
 from flowstream.scoring.reference import Reference
+from flowstream.scoring.turn import InUse
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2}
 """Nats by which a shortcut may differ, for a model whose largest logit is 4. The model's own logits, in half precision,
@@ -34,6 +36,10 @@ class Document:
     """[n] the label that each token predicts, -100 for none."""
 
 
+class Untried(Exception):
+    """Why a model cannot be tried; the cause is what it raised."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Documents in groups that may share a micro-batch, and the losses of all their labelled tokens."""
@@ -45,11 +51,13 @@ class Trial:
     """What comes after a token changes what is predicted from it: this is no causal language model."""
 
     @classmethod
-    def of(cls, reference: Reference, language: Language) -> Trial | None:
-        """`None` for a model that fails on plain tokens: it is asked in the plainest way only."""
+    def of(cls, reference: Reference, language: Language) -> Trial:
+        """`Untried` for a model without room for these documents, or that fails on plain tokens."""
         vocabulary = min(language.num_labels or 0, language.num_ids or 0)
-        if vocabulary < 4 or (language.max_positions or 12) < 12:
-            return None
+        if vocabulary < 4:
+            raise Untried("nothing tells its vocabulary" if vocabulary == 0 else f"it has {vocabulary} tokens only")
+        if (language.max_positions or 12) < 12:
+            raise Untried(f"it has {language.max_positions} positions only")
         generator = np.random.Generator(np.random.Philox(key=0))
         groups: dict[Hashable, list[Document]] = {}
         for length, prompt in _LENGTHS_AND_PROMPTS:
@@ -61,8 +69,10 @@ class Trial:
             whole = next(iter(groups.values()))[0]
             part = Document(whole.ids[:_PART], whole.targets[:_PART])
             partly, _ = _alone(reference, part)
-        except Exception:  # whatever it is or needs besides, it cannot be tried
-            return None
+        except Exception as error:  # whatever it is or needs besides, it cannot be tried
+            if _is_passing(error):
+                raise
+            raise Untried(f"it fails on plain tokens ({_first_line(error)})") from error
         largest = max(4.0, *(largest for _, largest in said))
         tolerance = _TOLERANCE.get(reference.dtype, 1e-1) * largest / 4
         expected = torch.cat([losses for losses, _ in said])
@@ -84,12 +94,26 @@ class Trial:
 
 
 def failure_of(run: Callable[[], None]) -> str | None:
-    """What a model says that cannot be run in some way; `None` where it can."""
+    """What a model says that cannot be run in some way; `None` where it can.
+
+    What says nothing of the model is raised: memory that ran out, another thread in its way.
+    """
     try:
         run()
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as failure:
-        return f"{type(failure).__name__}: {failure}".splitlines()[0]
+        if _is_passing(failure):
+            raise
+        return _first_line(failure)
     return None
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same may go well another time."""
+    return is_out_of_memory(error) or isinstance(error, InUse)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _alone(reference: Reference, document: Document) -> tuple[Tensor, float]:

@@ -365,3 +365,28 @@ def test_limits_are_read_through_adapters(tiny: Any) -> None:
         losses(CausalLMScorer(model), {"input_ids": torch.ones(1, 66, dtype=torch.long)})
     with pytest.raises(ValueError, match="id 97 .* a vocabulary of 97"):
         losses(CausalLMScorer(model), {"input_ids": torch.tensor([[1, 97]])})
+
+
+def test_rounding_left_by_merging_is_named_as_a_cause_of_drift(tiny: Any) -> None:
+    model = peft.get_peft_model(tiny("llama"), lora())
+    scorer = CausalLMScorer(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.raises(RuntimeError, match=r"being trained, or adapters were merged .*unmerge_adapter\(\).*copy=True"):
+        scorer.check()
+
+
+def test_memory_that_runs_out_on_adapters_is_not_taken_for_an_answer(tiny: Any) -> None:
+    model = peft.get_peft_model(tiny("llama"), lora(use_dora=True))
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    handle = model.base_model.model.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="not enough memory to try the reference"):
+        CausalLMScorer(model)
+    handle.remove()
+    CausalLMScorer(model)

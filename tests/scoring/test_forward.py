@@ -293,7 +293,7 @@ def test_a_model_for_which_a_shortcut_is_wrong_goes_the_way_around_it_and_says_s
 def test_a_model_that_reads_ahead_is_told_of(llama: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("llama", "gemma2", "mamba", "bloom", "llama_dynamic"):
         CausalLMScorer(tiny(name))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == "flowstream"]  # transformers' own come once
     CausalLMScorer(reading_ahead(llama))
     assert "LlamaForCausalLM reads ahead of the token that it predicts from" in caplog.text
 
@@ -321,12 +321,61 @@ def test_lora_models_are_packed_with_the_adapters_off(tiny: Any) -> None:
     check_samples(plain, samples, scores)
 
 
-def test_a_model_without_room_for_a_trial_is_scored_plainly(tiny: Any) -> None:
+def test_a_model_without_room_for_a_trial_is_scored_plainly(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, samples = tiny("gpt2", n_positions=8), make_samples((5, 8, 1))
-    scorer = CausalLMScorer(model)
+    with caplog.at_level(logging.INFO, "flowstream"):
+        scorer = CausalLMScorer(model)
+    record = caplog.records[0]
+    assert (record.levelname, "untried: it has 8 positions only" in record.message) == ("INFO", True)
     assert described(scorer) == "sorted by length and padded, the logits of the model"
     (scores,) = score(scorer, padded(samples, "left"))
     check_samples(model, samples, scores)
+
+
+class Demanding(LlamaForCausalLM):
+    """Asks for a mask that the trial does not give."""
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        return super().forward(input_ids, attention_mask, use_cache=False)
+
+
+def test_a_model_that_fails_on_a_trial_says_why(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    samples = make_samples((9, 5, 14, 2))
+    (expected,) = score(CausalLMScorer(llama), padded(samples, "left"))
+    scorer = CausalLMScorer(rebuilt(llama, Demanding))
+    assert described(scorer) == "sorted by length and padded, the logits of the model"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "untried: it fails on plain tokens (TypeError: " in record.message
+    (scores,) = score(scorer, padded(samples, "left"))
+    torch.testing.assert_close(scores.loss, expected.loss)
+
+
+FULL = {
+    "the trial itself": (0, torch.OutOfMemoryError("full")),
+    "its mask question": (5, torch.OutOfMemoryError("full")),
+    "a shortcut": (6, torch.OutOfMemoryError("full")),
+    "a plain error": (0, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_memory_that_runs_out_on_a_trial_is_told_and_degrades_nothing(llama: Any, case: str) -> None:
+    after, error = FULL[case]
+    calls = []
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise error
+
+    handle = llama.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="not enough memory to try the reference") as caught:
+        CausalLMScorer(llama)
+    assert caught.value.__cause__ is error
+    assert len(calls) == after + 1
+    assert described(CausalLMScorer(llama)) == "packed, the last layer on labelled rows, fp32 head"
+    handle.remove()
 
 
 # The caller's world
@@ -425,7 +474,15 @@ def test_the_peak_of_scoring_does_not_follow_the_loaders_batches(tiny: Any) -> N
     assert max(peaks) < 512 * 10_000 * 4 / 3  # far from the logits of a micro-batch
 
 
-def test_packs_halve_too_when_memory_runs_out(tiny: Any) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_packs_halve_too_when_memory_runs_out(tiny: Any, error: RuntimeError) -> None:
     model, samples = tiny("llama").requires_grad_(False), make_samples((9, 11, 12, 8, 10, 3, 4, 29))
     scorer = CausalLMScorer(model, token_budget=200)
     sizes = []
@@ -433,7 +490,7 @@ def test_packs_halve_too_when_memory_runs_out(tiny: Any) -> None:
     def bounded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sizes.append(kwargs["hidden_states"].shape[1])
         if sizes[-1] > 30:
-            raise torch.OutOfMemoryError(f"tried to allocate {sizes[-1]}")
+            raise error
 
     handle = model.model.layers[0].self_attn.register_forward_pre_hook(bounded, with_kwargs=True)
     job = scorer.begin([padded(samples, "left")], level="sample")
@@ -476,6 +533,67 @@ def test_a_compiled_body_gives_the_same_losses_and_is_compiled_once(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+class DroppingWhenCompiled(nn.Module):
+    """Half of what it is around, where torch.compile looks."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.mlp(hidden) * (-5.0 if torch.compiler.is_compiling() else 1.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_body_that_says_something_else_is_not_used(
+    llama: Any, bounded_recompiles: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama.model.layers[1].mlp = DroppingWhenCompiled(llama.model.layers[1].mlp)
+    scorer, plain = CausalLMScorer(llama, compile=True), CausalLMScorer(llama)
+    assert described(scorer) == "packed, fp32 head"
+    assert "LlamaForCausalLM is not scored compiled: a trial is off by" in caplog.text
+    batch = padded(make_samples(LENGTHS), "left")
+    torch.testing.assert_close(score(scorer, batch)[0].loss, score(plain, batch)[0].loss)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_body_that_cannot_be_compiled_is_scored_uncompiled_and_says_why(
+    llama: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        caplog.at_level(logging.INFO, "flowstream"),
+    ):
+        scorer = CausalLMScorer(llama, compile=True)
+    torch._dynamo.reset()
+    assert described(scorer) == "packed, fp32 head"
+    assert "LlamaForCausalLM is compiled, and tried" in caplog.text
+    assert "LlamaForCausalLM is not scored compiled: " in caplog.text
+    samples = make_samples(LENGTHS)
+    (scores,) = score(scorer, padded(samples, "left"))
+    check_samples(llama, samples, scores)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_first_window_after_a_compiled_trial_compiles_nothing(tiny: Any, bounded_recompiles: None) -> None:
+    scorer = CausalLMScorer(tiny("llama"), compile=True)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counted == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        score(scorer, padded(make_samples((3,)), "left"), padded(make_samples(LENGTHS * 9), "left"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+
+
+def test_a_model_without_an_fp32_head_is_not_compiled_and_told_why(tiny: Any) -> None:
+    with pytest.raises(ValueError, match=r"the logits of the model \(.* a Linear in torch.float64, not .*leave it out"):
+        CausalLMScorer(tiny("llama").double(), compile=True)
+    with pytest.raises(ValueError, match=r"could not be tried: it has 8 positions only\): leave it out"):
+        CausalLMScorer(tiny("gpt2", n_positions=8), compile=True)
+
+
 def test_what_has_no_head_of_its_own_is_not_compiled(llama: Any) -> None:
-    with pytest.raises(ValueError, match=r"compile=True compiles the body .* Scaled is scored packed.*: leave it out"):
+    with pytest.raises(
+        ValueError, match=r"compile=True compiles the body .* Scaled is scored packed.* a trial is off by .*: leave"
+    ):
         CausalLMScorer(rebuilt(llama, Scaled), compile=True)

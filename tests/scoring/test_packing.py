@@ -61,6 +61,14 @@ def test_a_pack_ends_with_its_context(llama: Any) -> None:
         run(llama, pack)
 
 
+@pytest.mark.parametrize("name", [packing.NAME, packing.ASKING])
+def test_attention_over_packs_is_never_what_is_put_back(llama: Any, name: str) -> None:
+    llama.config._attn_implementation = name
+    for switch in (Packing(llama).of, lambda pack: asked(llama, pack)):
+        with pytest.raises(RuntimeError, match=f"attention is '{name}' already: another thread"), switch(make_pack(3)):
+            pass
+
+
 def test_a_batch_of_another_size_than_the_pack_raises(llama: Any) -> None:
     with Packing(llama, trims=False).of(make_pack(3, 4)):
         with pytest.raises(Unpackable, match=r"attends over \[1, 2, 9, 8\], not over a pack of 7"):

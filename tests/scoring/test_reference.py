@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -239,3 +241,134 @@ def test_a_copy_keeps_tied_weights_tied(tiny: Any) -> None:
     assert clone.lm_head.weight is clone.transformer.wte.weight
     assert clone.lm_head.weight is not model.lm_head.weight
     assert clone.lm_head.weight.grad is None
+
+
+# Threads
+
+
+def elsewhere(run: Callable[[], Any]) -> Any:
+    """What it gives in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result(timeout=60)
+
+
+def shared(model: Any, kind: str) -> CausalLMScorer:
+    if kind == "adapters":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).requires_grad_(False).eval()
+    elif kind == "train mode":
+        model.requires_grad_(False).train()
+    return CausalLMScorer(model, copy=False)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "gradients", "train mode"])
+def test_a_shared_model_that_may_be_in_training_is_scored_in_its_own_thread_only(tiny: Any, kind: str) -> None:
+    scorer = shared(tiny("llama"), kind)
+    wanted = losses(scorer)
+    with pytest.raises(RuntimeError, match=r"another thread than the one that made its scorer.*pass copy=True"):
+        elsewhere(lambda: losses(scorer))
+    assert losses(scorer).equal(wanted)
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_copy_and_a_frozen_model_are_scored_in_any_thread(tiny: Any, sharing: bool) -> None:
+    model = tiny("llama").requires_grad_(sharing)
+    scorer = CausalLMScorer(model, copy=sharing)
+    assert elsewhere(lambda: losses(scorer)).equal(losses(scorer))
+
+
+def held(model: nn.Module, run: Callable[[], Any], meanwhile: Callable[[], Any]) -> Any:
+    """What `run` gives in another thread, with `meanwhile` run here while the model is in it."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        inside.set()
+        leave.wait(60)
+
+    handle = model.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            assert inside.wait(60)
+            handle.remove()
+            meanwhile()
+        finally:
+            handle.remove()
+            leave.set()
+        return running.result(timeout=60)
+
+
+def test_a_shared_model_is_scored_by_one_thread_at_a_time(tiny: Any) -> None:
+    model = tiny("llama").requires_grad_(False)
+    first, second = CausalLMScorer(model, copy=False), CausalLMScorer(model, copy=False)
+    had, wanted = model.config._attn_implementation, losses(first)
+
+    def intrude() -> None:
+        for run in (lambda: losses(second), lambda: CausalLMScorer(model, copy=False)):
+            with pytest.raises(RuntimeError, match=r"being scored in another thread.*copy=True"):
+                run()
+
+    assert held(model.model, lambda: losses(first), intrude).equal(wanted)
+    assert model.config._attn_implementation == had
+    assert losses(second).equal(wanted)
+    assert described(second).startswith("packed")
+
+
+def test_a_copy_is_made_and_used_when_the_other_thread_has_left(tiny: Any) -> None:
+    model = tiny("llama").requires_grad_(False)
+    scorer, found = CausalLMScorer(model, copy=False), []
+    wanted = losses(scorer)
+    third = threading.Thread(target=lambda: found.append(CausalLMScorer(model, copy=True)))
+    held(model.model, lambda: losses(scorer), third.start)
+    third.join(60)
+    (copied,) = found
+    assert losses(copied).equal(wanted)
+    assert described(copied).startswith("packed")
+    waiting = threading.Thread(target=lambda: found.append(losses(copied)))
+    held(copied._runtime.reference.model.model, lambda: losses(copied), waiting.start)
+    waiting.join(60)
+    assert found[1].equal(wanted)
+
+
+def test_scoring_within_a_models_own_forward_is_refused(tiny: Any) -> None:
+    reference = Reference(tiny("llama"))
+    with reference.frozen(), pytest.raises(RuntimeError, match="scored by this thread already"):
+        reference.frozen().__enter__()
+    with reference.frozen():
+        pass
+
+
+# Compiled in place
+
+
+def described(scorer: CausalLMScorer) -> str:
+    return scorer._forward.described
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [False, True])
+def test_what_the_caller_compiled_in_place_is_neither_run_nor_compiled_anew(tiny: Any, layers: bool) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, ids = tiny("llama").train(), torch.arange(3, 35).reshape(2, 16)
+    plain = CausalLMScorer(model, copy=True)
+    torch._dynamo.reset()
+    try:
+        for module in model.model.layers if layers else [model]:
+            module.compile(backend=backend)
+        calls = [vars(module).get("_compiled_call_impl") for module in model.modules()]
+        model(input_ids=ids)
+        num_graphs = len(graphs)
+        assert num_graphs > 0
+        scorer = CausalLMScorer(model, copy=False)
+        assert described(scorer) == described(plain)
+        assert losses(scorer).equal(losses(plain))
+        model(input_ids=ids)
+        assert len(graphs) == num_graphs
+        assert [vars(module).get("_compiled_call_impl") for module in model.modules()] == calls
+    finally:
+        torch._dynamo.reset()
