@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-quantized lint bench clean
+.PHONY: demo test soak test-quantized lint bench clean
 
 demo: .venv/demo.done
 	$(BIN)/flowstream demo
 
 test: .venv/test.done
 	$(BIN)/python -m pytest
+
+# What a test does ten times with a fixed seed, a hundred times with another each time.
+soak: .venv/test.done
+	FLOWSTREAM_NUM_KILLS=100 $(BIN)/python -m pytest tests/test_kill.py
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .
@@ -25,6 +29,7 @@ bench: .venv/test.done
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/digest.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/state.py
 	$(BIN)/python benchmarks/temperature.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/end_to_end.py

@@ -4,6 +4,7 @@ Weight each fine-tuning sample by w = exp(-f(θ*)/τ), f its loss under the froz
 those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream.
 """
 
+from flowstream.checkpoint import load_state, save_state
 from flowstream.digest import Digest
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
@@ -17,6 +18,7 @@ from flowstream.scoring import (
     Scorer,
     Seq2SeqLMScorer,
 )
+from flowstream.sources import Source, register_source
 from flowstream.stage import stage
 from flowstream.stream import FlowStream
 from flowstream.temperature import BatchMedian, FixedTemperature, RunningMedian, TargetESS, WindowMedian
@@ -37,12 +39,16 @@ __all__ = [
     "RunningMedian",
     "Scorer",
     "Seq2SeqLMScorer",
+    "Source",
     "Systematic",
     "TargetESS",
     "Thin",
     "Threshold",
     "Uniform",
     "WindowMedian",
+    "load_state",
+    "register_source",
+    "save_state",
     "stage",
     "weighted_cross_entropy",
     "weighted_linear_cross_entropy",

@@ -14,13 +14,13 @@ from flowstream.batch import content_hash, num_bytes, num_rows, num_samples
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
 from flowstream.numerics import own_numerics
 from flowstream.progress import Progress
+from flowstream.read_ahead import ReadAhead
 from flowstream.recollate import Row
 from flowstream.resampled import ResampledWindow
 from flowstream.running import Running
 from flowstream.scoring.base import Scorer
 from flowstream.scoring.cache import LossCache
 from flowstream.settings import Settings, window_size
-from flowstream.source import ReadAhead
 from flowstream.weighted import WeightedWindow
 
 _logger = logging.getLogger("flowstream")
@@ -30,6 +30,10 @@ _SCORED_BY = 0.75
 
 _TYPICAL_WEIGHT = 0.4
 """Mean weight at τ = median on common loss laws (.37-.43), until the stream has its own."""
+
+
+_MAX_EMPTY = 32
+"""Batches without a row that are passed over, at the beginning, in search of the loader's batch size."""
 
 
 class EpochEnd(Exception):
@@ -58,12 +62,14 @@ class Epoch:
         self._running = running
         self._reader = reader
         self._progress = progress
-        self._resume = state
+        self._resume: Mapping[str, Any] | None = state
+        self._begun_with = running.state_dict()
         self._recipe: Recipe | None = None
         self._shape = Shape(1)
         self._making: Window | None = None
         self._current: Window | None = None
-        self._anchor: dict[str, Any] = {}
+        self._anchor: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        self._failure: Exception | None = None
         self._position = 0
         self._first_position = 0
         self._num_due = 0
@@ -73,7 +79,7 @@ class Epoch:
         self._entered_at = math.nan
 
     def next(self) -> Any:
-        """The next batch. `EpochEnd` at the end; what the loader raises, after the batches that came before it."""
+        """The next batch. `EpochEnd` at the end; what the loader or the scorer raises, after the batches before it."""
         if self._done:
             raise EpochEnd
         if self._making is None:
@@ -109,13 +115,27 @@ class Epoch:
         window = "" if self._making is None else f", window {self._making.terms.number}"
         return f"epoch {self.number}{window}"
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The consumer's position within the epoch; `None` before the first batch."""
+    def state_dict(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The consumer's position within the epoch, `None` before the first batch, and what was learned before it."""
         if self._resume is not None:
-            return dict(self._resume)
+            return dict(self._resume), self._begun_with
         if self._current is None:
-            return None
-        return {**self._anchor, "delivered": self._position}
+            return None, self._begun_with
+        position, running = self._anchor
+        return {**position, "delivered": self._position}, running
+
+    def rewind(self) -> None:
+        """Forget what was learned of windows that delivered nothing: another epoch begins in this one's place."""
+        self._running.load_state_dict(self._begun_with)
+
+    def interrupt(self) -> None:
+        """Go back to the state: Ctrl-C may have left anything half-done, a generator dead among it."""
+        if self.finished:
+            return
+        self._resume, self._begun_with = self.state_dict()
+        self.rewind()
+        self._making = self._current = self._failure = None
+        self._started = False
 
     def close(self) -> None:
         """Let go of everything that is held. The epoch is over."""
@@ -143,7 +163,9 @@ class Epoch:
             reader.reraise(self.where)
             self._end()
             raise EpochEnd
-        first = reader.peek()
+        while not num_rows(reader.peek(-1)) and reader.num_queued < _MAX_EMPTY and reader.pull():
+            pass
+        first = reader.peek(-1)
         self._shape = Shape(max(num_rows(first), 1))
         self._set_size(window_size(self._settings, num_samples(first), num_bytes(first)))
         self._making = self._make(0, 0)
@@ -151,6 +173,7 @@ class Epoch:
     def _go_to(self, state: Mapping[str, Any]) -> None:
         """Make the window in flight again. Until that is done the position stays to be resumed."""
         reader = self._reader
+        self.rewind()
         self._shape = Shape(**state["shape"])
         reader.resume(state["source"], state["oldest_ordinal"])
         self._set_size(state["size"])
@@ -167,7 +190,9 @@ class Epoch:
                 reader.next_ordinal,
             )
             stored = None
-        making = self._make(state["window"], state["first_index"], carry, state["num_taken"], stored)
+        making = self._make(
+            state["window"], state["first_index"], carry, state["num_taken"], stored, capped=state["capped"]
+        )
         if not self._finish_window(making, state["delivered"]):
             raise self._too_short(state)
         self.num_delivered = state["delivered"]
@@ -192,6 +217,8 @@ class Epoch:
         carry: Sequence[Kept] = (),
         max_batches: int | None = None,
         stored: torch.Tensor | None = None,
+        *,
+        capped: bool = False,
     ) -> Window:
         assert self._recipe is not None
         running = self._running
@@ -206,6 +233,7 @@ class Epoch:
             carry=carry,
             max_batches=max_batches,
             stored=stored,
+            capped=capped,
         )
         kind = WeightedWindow if self._settings.sampler is None else ResampledWindow
         return kind(self._recipe, self._reader, terms)
@@ -214,10 +242,12 @@ class Epoch:
 
     def _enter(self) -> None:
         """Put the next window that has something to deliver into delivery."""
-        assert self._making is not None
-        while not self._finish_window(self._making):
-            self._reader.reraise(self.where)
-            if self._making.ended:
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise error
+        while not self._finish_window(window := self._making_now):
+            self._reader.reraise(self.where, at_once=window.held_back)
+            if self._making_now.ended:
                 self._end()
                 raise EpochEnd
 
@@ -233,8 +263,9 @@ class Epoch:
         running.wait_seconds += now - started
         running.window_seconds, self._entered_at = now - self._entered_at, now
         if window.num_deliveries:
-            self._anchor = self._describe(window)
-            self._current, self._position, self._first_position = window, position, position
+            anchor = self._describe(window), running.state_dict()
+            # In one statement: a state taken after Ctrl-C must not meet the one without the other.
+            self._current, self._anchor, self._position, self._first_position = window, anchor, position, position
         running.absorb(window)
         self._shape = window.shape
         self._making = self._make(window.terms.number + 1, window.next_index, window.carry)
@@ -247,16 +278,35 @@ class Epoch:
         return True
 
     def _work_ahead(self, current: Window) -> None:
-        """Do this delivery's share for the windows to come: pull, and score."""
-        assert self._making is not None
+        """Do this delivery's share for the windows to come: pull, and score.
+
+        What fails there is raised once this window is delivered.
+        """
         share = (self._position + 1 - self._first_position) / max(current.num_deliveries - self._first_position, 1)
         started = self._reader.seconds
         while self._num_pulled < math.ceil(self._num_due * share) and self._reader.pull():
             self._num_pulled += 1
-        self._making.advance(min(share / _SCORED_BY, 1.0))
-        if share >= 1:
-            self._making.settle()
+        if self._failure is None:
+            try:
+                self._make_ahead(share)
+            except Exception as error:
+                self._failure = error
         self._running.wait_seconds += self._reader.seconds - started
+
+    def _make_ahead(self, share: float) -> None:
+        self._making_now.advance(min(share / _SCORED_BY, 1.0))
+        if share < 1:
+            return
+        self._making_now.settle()
+        # Whether this was the last batch shall be known, and the windows after it that deliver nothing be counted.
+        while self._making_now.barren and self._making_now.num_taken and not self._reader.failed:
+            self._finish_window(self._making_now)
+            self._making_now.settle()
+
+    @property
+    def _making_now(self) -> Window:
+        assert self._making is not None
+        return self._making
 
     @property
     def _num_queued_wanted(self) -> int:
@@ -284,8 +334,11 @@ class Epoch:
             "first_ordinal": window.first_ordinal,
             "first_index": window.terms.first_index,
             "num_taken": window.num_taken,
+            "capped": window.capped,
             "content": window.content,
-            "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32),
+            "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32)
+            if self._settings.needs_loss
+            else None,
             "carry": {
                 "ordinal": torch.tensor([kept.ordinal for kept in carry], dtype=torch.int64),
                 "row": torch.tensor([kept.row.index for kept in carry], dtype=torch.int64),
@@ -294,7 +347,6 @@ class Epoch:
                 "loss": torch.tensor([kept.loss for kept in carry], dtype=torch.float32),
                 "weight": torch.tensor([kept.weight for kept in carry], dtype=torch.float32),
             },
-            "running": self._running.state_dict(),
         }
 
     def _restore_carry(self, state: Mapping[str, Any]) -> tuple[Kept, ...]:

@@ -78,7 +78,9 @@ class Terms:
     max_batches: int | None = None
     """When the window is made again from a state: how many batches it took then."""
     stored: Tensor | None = None
-    """… and their losses [N]."""
+    """… and their losses [N], …"""
+    capped: bool = False
+    """… and whether it was `Window.capped`."""
 
     def seed(self, settings: Settings) -> tuple[int, int, int, int]:
         """(seed, epoch, window, rank): all randomness of the window follows from it."""
@@ -108,6 +110,10 @@ class Window(Protocol):
         """How many batches the window is still to take from the queue, as far as that can be told."""
 
     @property
+    def barren(self) -> bool:
+        """Whether it is known by now that nothing is delivered of it."""
+
+    @property
     def ended(self) -> bool:
         """Whether the epoch is over: nothing was carried into the window, and there is nothing to take."""
 
@@ -131,6 +137,11 @@ class Window(Protocol):
     shape: Shape
     carry: Sequence[Kept]
     """What is left for the next window."""
+
+    capped: bool
+    """Whether it ended before its batches were full, but not with the epoch: what fills no batch is carried over."""
+    held_back: bool
+    """Whether batches went back into the queue, to be delivered after an error of the loader's."""
 
     content: str
     """A hash of the first batch that it took: a resumed loader must deliver it again."""

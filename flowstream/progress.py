@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from flowstream.making import Window
-from flowstream.source import ReadAhead
+from flowstream.read_ahead import ReadAhead
 
 _Show = Callable[[str, float, float], None]
 

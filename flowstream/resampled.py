@@ -12,18 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowstream.batch import check_rows, num_bytes, num_samples
+from flowstream.batch import check_rows, num_bytes, num_rows, num_samples
 from flowstream.delivery import Delivery, group_denominators
 from flowstream.digest import Digest
 from flowstream.making import Kept, Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.randomness import uniform
+from flowstream.read_ahead import Pulled, ReadAhead
 from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
 from flowstream.samplers import Systematic, Thin, chunk_size
-from flowstream.scored import Scoring, batch_temperatures, check_bad, check_stored, content_of, digest_of
+from flowstream.scored import (
+    Scoring,
+    batch_temperatures,
+    check_bad,
+    check_negative,
+    check_stored,
+    content_of,
+    digest_of,
+)
 from flowstream.scoring.base import Cost, Scores
-from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import flatten, sum_up, weigh
 from flowstream.window import fill_batches
 
@@ -60,6 +68,7 @@ class ResampledWindow:
         self._mass = 0.0
         self._u = uniform(terms.seed(recipe.settings))
         self._chunk: list[Pulled] = []
+        self._num_rows = 0
         self._num_samples = 0
         self._num_bytes = 0
         self._scoring: Scoring | None = None
@@ -68,7 +77,8 @@ class ResampledWindow:
         self._scores: list[Scores] = []
         self._weights: list[Tensor] = []
         self._complete = self._wanted <= 0 or terms.max_batches == 0
-        self._capped = False
+        self.capped = terms.capped
+        self.held_back = False
         self._taus: list[float] = []
         self._losses = flatten([], recipe.settings.level)
         self._padding = Padding()
@@ -100,6 +110,10 @@ class ResampledWindow:
         expected = self._mass if self._scoring is None else self._mass + self._mass_of_chunk
         later = chunk_size(self._wanted - expected, self._mean_weight, self.shape.num_rows, margin=1.0, limit=1000)
         return later if self._scoring is not None else max(self._chunk_target - len(self._chunk), 0)
+
+    @property
+    def barren(self) -> bool:
+        return self._groups == []
 
     @property
     def ended(self) -> bool:
@@ -150,6 +164,7 @@ class ResampledWindow:
                 return False
             if not self._chunk:
                 self._complete = True
+                self.capped |= self._reader.failed
                 return True
             stored = self.terms.stored
             at = sum(len(weight) for weight in self._weights)
@@ -189,15 +204,25 @@ class ResampledWindow:
         num = len(self._chunk)
         if self.terms.max_batches is not None and self.num_taken + num >= self.terms.max_batches:
             return True
+        limit = _MAX_CANDIDATES * self._recipe.size
+        enough = num >= self._chunk_target
+        if isinstance(self._sampler, Systematic):  # batches may be smaller than the first
+            enough &= self._num_rows >= self._chunk_target * self.shape.num_rows or num >= limit
         if math.isnan(self.tau) and self._recipe.settings.needs_loss:
-            warm = self._num_samples >= self._recipe.temperature.warmup_samples and num >= self._chunk_target
+            warm = self._num_samples >= self._recipe.temperature.warmup_samples and enough
             return warm or self._num_bytes >= self._recipe.settings.max_window_bytes
-        return num >= min(self._chunk_target, max(_MAX_CANDIDATES * self._recipe.size - self.num_taken, 1))
+        return enough or num >= max(limit - self.num_taken, 1)
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the epoch goes on, as far as can be told: the loader is asked, however far was read ahead."""
+        return self._reader.num_queued > 0 or self._reader.pull() or self._reader.failed
 
     def _take(self) -> bool:
         item = self._reader.take()
         if item is not None:
             self._chunk.append(item)
+            self._num_rows += num_rows(item.batch)
             if math.isnan(self.tau):
                 self._num_samples += num_samples(item.batch)
                 self._num_bytes += num_bytes(item.batch)
@@ -210,9 +235,8 @@ class ResampledWindow:
         assert self._scoring is not None
         recipe, settings = self._recipe, self._recipe.settings
         scores, cost = self._scoring.finish()
-        self.cost += cost
-        self.score_seconds += self._scoring.seconds
         losses = flatten(scores, settings.level)
+        check_negative(losses, self._chunk, scores, recipe, self.terms)
         seed = self.terms.seed(settings)
         if recipe.temperature.scope == "batch" and settings.needs_loss:
             taus = batch_temperatures(losses, recipe.temperature)
@@ -223,6 +247,8 @@ class ResampledWindow:
             if math.isnan(self.tau):
                 self.tau = recipe.temperature.tau(digest_of(losses, recipe, self.terms))
             weight = weigh(losses, self.tau, settings.policy, (*seed, self.num_taken))
+        self.cost += cost
+        self.score_seconds += self._scoring.seconds
         copies = self._copies(weight)
         parts = zip(
             self._chunk, scores, weight.split(losses.sizes), np.split(copies, np.cumsum(losses.sizes)), strict=False
@@ -233,14 +259,17 @@ class ResampledWindow:
         self.num_taken = len(self._pulled)
         self._scores += scores
         self._weights.append(weight)
-        self._scoring, self._chunk = None, []
-        if isinstance(self._sampler, Systematic) or self._sampler.enough(self._mass, self._wanted):
+        self._scoring, self._chunk, self._num_rows = None, [], 0
+        if self.num_taken == self.terms.max_batches:  # and `terms.capped` says the rest
             self._complete = True
-        elif self.num_taken >= _MAX_CANDIDATES * recipe.size:
-            self._complete = self._capped = True
+        elif isinstance(self._sampler, Systematic):
+            self._complete, self.capped = True, self._is_followed
+        elif self._sampler.enough(self._mass, self._wanted):
+            self._complete = True
+        elif self.num_taken >= _MAX_CANDIDATES * recipe.size or (self._reader.failed and not self._reader.num_queued):
+            self._complete = self.capped = True
         else:
-            ended = self._reader.stopped and not self._reader.num_queued
-            self._complete = ended or self.num_taken == self.terms.max_batches
+            self._complete = self._reader.exhausted
 
     def _copies(self, weight: Tensor) -> NDArray[np.int64]:
         """How often each candidate of the chunk is delivered."""
@@ -292,11 +321,11 @@ class ResampledWindow:
         else:
             lengths = [0] * len(pool)
         rows = self.shape.num_rows
-        ready = len(pool) // rows * rows if self._capped else len(pool)  # a short batch only at the epoch's end
+        ready = len(pool) // rows * rows if self.capped else len(pool)  # a short batch only at the epoch's end
         groups, num_placed = fill_batches(
             lengths[:ready], recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
         )
-        if self._capped and len(groups) % recipe.settings.accumulate:  # a step's batches come from one window
+        if self.capped and len(groups) % recipe.settings.accumulate:  # a step's batches come from one window
             whole = len(groups) - len(groups) % recipe.settings.accumulate
             groups, num_placed = fill_batches(
                 lengths[:ready], whole, self.shape.num_rows, self.shape.area, self._padding.multiple

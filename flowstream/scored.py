@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ from flowstream.batch import content_hash, fields, is_array
 from flowstream.digest import Digest
 from flowstream.making import Recipe, Terms
 from flowstream.numerics import own_numerics
+from flowstream.read_ahead import Pulled
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost, Level, Scores
 from flowstream.settings import Settings
-from flowstream.source import Pulled
 from flowstream.weighing import Losses
+
+_NUM_NAMED = 4
+"""Batches that an error names, and rows of each."""
 
 
 class Scoring:
@@ -68,28 +73,34 @@ class Scoring:
         return scores, self._job.cost
 
 
+def check_negative(
+    losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores], recipe: Recipe, terms: Terms
+) -> None:
+    """Raise `ValueError`, naming samples, for a negative loss: FLOW needs non-negative ones (arXiv 2502.02797, §3)."""
+    negative = losses.usable & (losses.loss < 0)
+    if not bool(negative.any()):
+        return
+    raise ValueError(
+        f"a loss of {float(losses.loss[negative][0]):g} nats under the reference ({int(negative.sum())} of "
+        f"{len(losses.loss)} are negative, in window {terms.number} of epoch {terms.epoch}: "
+        f"{_named(negative, losses, pulled, scores, recipe)}): FLOW needs a non-negative loss, since e^{{-f/τ}} of a "
+        "negative one is above 1. Shift it to a minimum of 0, or take another (for a regression the squared error, not "
+        "the log-likelihood)"
+    )
+
+
 def check_bad(losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores], recipe: Recipe, terms: Terms) -> None:
     """Raise `ValueError`, naming samples, if more of a window's losses than `max_bad_fraction` are NaN or infinite."""
     bad = losses.labelled & ~losses.loss.isfinite()
     num_bad, num = int(bad.sum()), int(losses.labelled.sum())
     if num_bad <= recipe.settings.max_bad_fraction * num:
         return
-    owner = torch.repeat_interleave(torch.arange(len(pulled)), torch.tensor(losses.sizes))[bad]
-    named = []
-    for number in owner.unique().tolist()[:4]:
-        item, score = pulled[number], scores[number]
-        if recipe.settings.level == "sample" and score.segment is None:
-            rows = (~score.loss.isfinite() & (score.count > 0)).nonzero().flatten().tolist()[:4]
-            keys = fields(item.batch).get("__key__")
-            rows_named = [f"row {row}" + (f" ({keys[row]})" if isinstance(keys, list) else "") for row in rows]
-            named.append(f"batch {item.ordinal}: {', '.join(rows_named)}")
-        else:
-            named.append(f"batch {item.ordinal}")
     kind = "samples" if recipe.settings.level == "sample" else "tokens"
     raise ValueError(
         f"{num_bad} of {num} {kind} of window {terms.number} (epoch {terms.epoch}) have a loss that is NaN or infinite "
-        f"under the reference: {'; '.join(named)}. More than max_bad_fraction={recipe.settings.max_bad_fraction}: look "
-        "at these samples, score in bf16 or fp32 in place of fp16, or raise max_bad_fraction"
+        f"under the reference: {_named(bad, losses, pulled, scores, recipe)}. More than "
+        f"max_bad_fraction={recipe.settings.max_bad_fraction}: look at these samples, score in bf16 or fp32 in place "
+        "of fp16, or raise max_bad_fraction"
     )
 
 
@@ -118,6 +129,31 @@ def batch_temperatures(losses: Losses, temperature: RunningTemperature) -> list[
     """τ of each batch from its own losses; samples without a label count as NaN."""
     known = torch.where(losses.labelled, losses.loss, torch.nan)
     return [temperature.batch_tau(loss.numpy()) for loss in known.split(losses.sizes)]
+
+
+def _named(which: Tensor, losses: Losses, pulled: Sequence[Pulled], scores: Sequence[Scores], recipe: Recipe) -> str:
+    """The first samples of `which` [N]: batch and row, with the `__key__` where there is one."""
+    owner = torch.repeat_interleave(torch.arange(len(pulled)), torch.tensor(losses.sizes))
+    first = [0, *itertools.accumulate(len(score.loss) for score in scores)]
+    named = []
+    for number in owner[which].unique().tolist()[:_NUM_NAMED]:
+        item, score = pulled[number], scores[number]
+        samples = (losses.sample[which & (owner == number)] - first[number]).unique()
+        if score.segment is None:
+            rows = samples.tolist()
+        else:  # documents of packed rows
+            rows = [int((score.segment == sample).any(1).nonzero()[0]) for sample in samples]
+        keys = _keys_of(item.batch, recipe.settings.cache_key)
+        told = [f"row {row}" + (f" ({keys[row]})" if row < len(keys) else "") for row in rows[:_NUM_NAMED]]
+        named.append(f"batch {item.ordinal}: {', '.join(told)}" + (", …" if len(rows) > _NUM_NAMED else ""))
+    return "; ".join(named)
+
+
+def _keys_of(batch: Any, cache_key: str | None) -> Sequence[object]:
+    """What the batch calls its rows, if anything."""
+    found = fields(batch)
+    keys = found.get("__key__", found.get(cache_key))
+    return keys if isinstance(keys, list | tuple) else ()
 
 
 def _row_keys(item: Pulled, name: str) -> list[object]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-VERSION = 1
-_FIELDS = ("version", "settings", "reference", "scorer", "epoch", "position", "running", "num_emitted")
+VERSION = 2
+_FIELDS = ("version", "settings", "reference", "scorer", "epoch", "position", "running", "loader", "num_emitted")
 
 
 def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, Any], epoch: int) -> dict[str, Any]:
@@ -21,6 +21,17 @@ def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, An
         "scorer": dict(scorer),
         "epoch": epoch,
     }
+
+
+def sealed(
+    *, position: Mapping[str, Any] | None, running: Mapping[str, Any], loader: Mapping[str, Any], num_emitted: int
+) -> dict[str, Any]:
+    """What a state ends with: where the consumer is, what was learned before, and what past epochs left to the loader.
+
+    Each is in a tuple of one, which torch.distributed.checkpoint saves and loads as a whole: within a mapping it would
+    ask for the same keys, and for tensors of the same sizes, as the stream has that is to be resumed.
+    """
+    return {"position": (position,), "running": (running,), "loader": (loader,), "num_emitted": num_emitted}
 
 
 def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str, *, strict: bool) -> None:

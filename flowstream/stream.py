@@ -16,6 +16,7 @@ from flowstream import state as states
 from flowstream.epoch import Epoch, EpochEnd
 from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
+from flowstream.read_ahead import ReadAhead
 from flowstream.recollate import Recollate
 from flowstream.running import Running
 from flowstream.scoring.base import Level, Scorer
@@ -23,7 +24,7 @@ from flowstream.scoring.cache import LossCache
 from flowstream.scoring.disk_cache import DiskCache
 from flowstream.scoring.memory_cache import MemoryCache
 from flowstream.settings import Attach, Include, Mode, Sampler, Settings
-from flowstream.source import ReadAhead, ReplaySource
+from flowstream.sources import source_of
 from flowstream.temperature import RunningMedian, Temperature
 
 _logger = logging.getLogger("flowstream")
@@ -130,13 +131,14 @@ class FlowStream(IterableDataset[Any]):
         self._cache = _cache_of(cache)
         self._progress = Progress() if progress else None
         self._running = Running(self._settings)
-        self._reader = ReadAhead(ReplaySource(loader))
+        self._reader = ReadAhead(source_of(loader))
         self._epoch = 0
         self._forwarded_epoch = 0
         self._active: Epoch | None = None
         self._owner: FlowIterator | None = None
         self._loaded: dict[str, Any] | None = None
         self._closed = False
+        self._has_told = False
         self._reference: str | None = None
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
@@ -200,9 +202,10 @@ class FlowStream(IterableDataset[Any]):
         Its state can still be taken.
         """
         if not self._closed:
-            self._loaded = self.state_dict()
+            self._loaded = self._state()
         self._end_active()
         self._reader.close()
+        self._owner = None  # it refers to the stream, and so to the loader, whose workers shall end
         if self._cache is not None:
             self._cache.close()
         if self._progress is not None:
@@ -225,16 +228,24 @@ class FlowStream(IterableDataset[Any]):
         active, position = self._active, None
         if active is not None and self._is_one_pass and not active.finished:
             return active  # a loader that is an iterator has no other epoch
+        # Ctrl-C may come between any two of these lines: after each the state is what it was before.
+        if active is not None:
+            if active.pending is not None:
+                active.rewind()
+                self._loaded = self._state()
+            elif active.num_delivered or active.finished:
+                self._epoch, self._active = self._epoch + 1, None
+            else:
+                active.rewind()
+            self._active = None
+            active.close()
         if self._loaded is not None:
-            position, self._loaded = self._loaded["position"], None
-        elif active is not None:
-            position = active.pending
-            if position is None and (active.num_delivered or active.finished):
-                self._epoch += 1
-            self._end_active()
+            (position,), (legacy,) = self._loaded["position"], self._loaded["loader"]
+            if position is None:
+                self._reader.inherit(legacy)
         if self._epoch != self._forwarded_epoch:
             self._forward_epoch()
-        self._active = Epoch(
+        begun = Epoch(
             self._settings,
             self._scorer,
             self._cache,
@@ -244,12 +255,13 @@ class FlowStream(IterableDataset[Any]):
             self._progress,
             position,
         )
-        return self._active
+        self._active, self._loaded = begun, None
+        return begun
 
     def _end_active(self) -> None:
-        if self._active is not None:
-            self._active.close()
-            self._active = None
+        active, self._active = self._active, None
+        if active is not None:
+            active.close()
 
     def _forward_epoch(self) -> None:
         """Tell whatever shuffles by epoch which one it is."""
@@ -275,22 +287,32 @@ class FlowStream(IterableDataset[Any]):
     def state_dict(self) -> dict[str, Any]:
         """The position of the consumer: the batches that `next()` has returned, however far the stream has read.
 
-        Plain values and tensors (`torch.load(weights_only=True)`). May be taken between any two batches.
+        Plain values and tensors (`torch.load(weights_only=True)`). May be taken between any two batches. A stream is a
+        `torch.distributed.checkpoint.stateful.Stateful`: `dcp.save({f"stream of rank {rank}": stream, …})`, a key a
+        rank, since each has its own position.
         """
+        self._tell_caveat()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         if self._loaded is not None:
             return copy.deepcopy(self._loaded)
         active = self._active
         finished = active is not None and active.finished
-        position = None if active is None or finished else active.state_dict()
+        position, running = (None, self._running.state_dict()) if active is None or finished else active.state_dict()
         header = states.pack(
             settings=self._settings.described(),
             reference=self._fingerprint(),
             scorer=self._scorer.state_dict(),
             epoch=self._epoch + 1 if finished else self._epoch,
         )
-        running = position.pop("running", None) if position is not None else None
-        running = self._running.state_dict() if running is None else running
-        return header | {"position": position, "running": running, "num_emitted": self._running.num_emitted}
+        sealed = states.sealed(
+            position=position,
+            running=running,
+            loader=self._reader.legacy(),
+            num_emitted=self._running.num_emitted,
+        )
+        return header | sealed
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Let the next `iter()` go on where `state` was taken.
@@ -306,14 +328,21 @@ class FlowStream(IterableDataset[Any]):
             )
         loaded = states.on_cpu(state)
         running = Running(self._settings)
-        running.load_state_dict(loaded["running"], strict=strict)
+        running.load_state_dict(*loaded["running"], strict=strict)
         running.num_emitted = loaded["num_emitted"]
         # Nothing has changed so far: a state that is refused leaves the stream as it was.
+        self._tell_caveat()
         self._scorer.load_state_dict(loaded["scorer"])
         self._end_active()
         self._running = running
         self._epoch = loaded["epoch"]
         self._loaded = loaded
+
+    def _tell_caveat(self) -> None:
+        """Say once what of this loader a resume does not give back."""
+        if self._reader.caveat and not self._has_told:
+            self._has_told = True
+            _logger.warning("%s", self._reader.caveat)
 
     @property
     def _is_one_pass(self) -> bool:
@@ -350,6 +379,10 @@ class FlowIterator:
             ) from error
         except Exception as error:
             error.add_note(f"flowstream: in {self._epoch.where}")
+            raise
+        except BaseException:
+            if not self._stream._is_one_pass:
+                self._epoch.interrupt()
             raise
 
 

@@ -48,10 +48,7 @@ class Losses:
 
 
 def flatten(scores: Sequence[Scores], level: Level) -> Losses:
-    """What is weighed at a level, of all batches.
-
-    `ValueError` for a negative loss: FLOW needs non-negative ones (arXiv 2502.02797, §3).
-    """
+    """What is weighed at a level, of all batches."""
     num_empty = sum(int((score.count == 0).sum()) for score in scores)
     if level == "token":
         parts = [_tokens(score) for score in scores]
@@ -64,15 +61,7 @@ def flatten(scores: Sequence[Scores], level: Level) -> Losses:
         loss = _cat(parts, torch.float32)
         count = _cat([score.count for score in scores], torch.int64)
         sample = torch.arange(len(loss))
-    losses = Losses(loss, count, sample, [len(part) for part in parts], num_empty)
-    negative = losses.usable & (loss < 0)
-    if bool(negative.any()):
-        raise ValueError(
-            f"a loss of {float(loss[negative][0]):g} nats under the reference ({int(negative.sum())} of {len(loss)} "
-            "are negative): FLOW needs a non-negative loss, since e^{-f/τ} of a negative one is above 1. Shift it to a "
-            "minimum of 0, or take another (for a regression the squared error, not the log-likelihood)"
-        )
-    return losses
+    return Losses(loss, count, sample, [len(part) for part in parts], num_empty)
 
 
 def weigh(losses: Losses, tau: float | Sequence[float], policy: Policy, seed: tuple[int, ...]) -> Tensor:

@@ -14,9 +14,17 @@ from flowstream.digest import Digest
 from flowstream.making import Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
-from flowstream.scored import Scoring, batch_temperatures, check_bad, check_stored, content_of, digest_of
+from flowstream.read_ahead import Pulled, ReadAhead
+from flowstream.scored import (
+    Scoring,
+    batch_temperatures,
+    check_bad,
+    check_negative,
+    check_stored,
+    content_of,
+    digest_of,
+)
 from flowstream.scoring.base import Cost, Scores
-from flowstream.source import Pulled, ReadAhead
 from flowstream.weighing import Losses, flatten, num_labelled, num_rows, place, sum_up, weigh
 
 
@@ -38,6 +46,8 @@ class WeightedWindow:
         self.first_ordinal = reader.next_ordinal
         self.shape = terms.shape
         self.carry = terms.carry
+        self.capped = False
+        self.held_back = False
         self._recipe = recipe
         self._reader = reader
         self._pulled: list[Pulled] = []
@@ -57,6 +67,7 @@ class WeightedWindow:
                 self._take()
             if not self._is_full and not self._reader.stopped:
                 return
+            self._hold_back()
             self._began_at = min(share, 0.99)
             self._scoring = Scoring(self._recipe, self._pulled, self.terms.stored)
         wanted = (share - self._began_at) / (1 - self._began_at)
@@ -70,7 +81,7 @@ class WeightedWindow:
     def finish(self) -> None:
         if self._deliveries is not None:
             return
-        while not self._is_full and self._take():
+        while self._scoring is None and not self._is_full and self._take():
             pass
         self.advance(1.0)
         assert self._scoring is not None
@@ -93,6 +104,10 @@ class WeightedWindow:
     @property
     def ended(self) -> bool:
         return not self.num_taken and self._reader.exhausted
+
+    @property
+    def barren(self) -> bool:
+        return self._deliveries == []
 
     @property
     def flat_losses(self) -> Tensor:
@@ -139,10 +154,24 @@ class WeightedWindow:
             self._num_bytes += num_bytes(item.batch)
         return True
 
+    def _hold_back(self) -> None:
+        """Leave a step's batches together where the loader raises among them: they come after the error."""
+        left_over = self.num_taken % self._recipe.settings.accumulate
+        if left_over and self._reader.failed and self.terms.max_batches is None:
+            self._reader.put_back(self._pulled[-left_over:])
+            del self._pulled[-left_over:]
+            self.num_taken -= left_over
+            self.held_back = True
+
     def _weigh(self, scores: list[Scores]) -> None:
+        if not self._pulled:
+            self.tau = float("nan") if self.terms.tau is None else self.terms.tau
+            self._deliveries = []
+            return
         recipe, settings, terms = self._recipe, self._recipe.settings, self.terms
         losses = flatten(scores, settings.level)
         check_stored(losses, terms)
+        check_negative(losses, self._pulled, scores, recipe, terms)
         check_bad(losses, self._pulled, scores, recipe, terms)
         self.digest = digest_of(losses, recipe, terms)
         tau = self._temperature_of(losses)

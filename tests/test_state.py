@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from batches import Recording, batches_of, by_key, gamma_losses
+from torch.utils.data import default_collate
 
 import flowstream as fs
 
@@ -98,6 +99,29 @@ def test_a_state_taken_on_the_last_batch_resumes_at_the_next_epoch():
     assert len(list(resumed)) == len(stream)
 
 
+def test_a_state_taken_after_the_last_batch_resumes_at_the_next_epoch():
+    for kind in KINDS:
+        stream = stream_of(kind)
+        on_last = stream_of(kind)
+        take(on_last, len(list(stream)))
+        after = stream.state_dict()
+        assert after["epoch"] == on_last.state_dict()["epoch"] == 1
+        resumed = stream_of(kind)
+        resumed.load_state_dict(through_a_file(after))
+        assert_same(take(resumed, 5), take(stream, 5))
+        assert resumed.metrics()["flow/tau"] == stream.metrics()["flow/tau"]
+
+
+def test_losses_that_were_not_needed_are_taken_once_they_are():
+    uniform: dict[str, object] = {"window": 4, "policy": fs.Uniform()}
+    stream = fs.FlowStream(batches_of(gamma_losses(16 * 10)), by_key, **uniform)
+    take(stream, 2)
+    resumed = fs.FlowStream(batches_of(gamma_losses(16 * 10)), by_key, include=("loss",), **uniform)
+    resumed.load_state_dict(through_a_file(stream.state_dict()))
+    for batch in resumed:
+        assert torch.equal(batch["flow_loss"], batch["loss"])
+
+
 def test_taking_a_state_changes_nothing():
     plain, asked = stream_of("thin"), stream_of("thin")
     expected, out = list(plain), []
@@ -148,6 +172,10 @@ def test_losses_of_the_window_in_flight_are_not_scored_again():
         ({"temperature": fs.RunningMedian(quantile=0.4)}, "temperature"),
         ({"normalize": True}, "normalize"),
         ({"accumulate": 2}, "accumulate"),
+        ({"temperature": fs.FixedTemperature(1.0)}, "temperature"),
+        ({"mode": fs.Thin(0.5)}, "mode"),
+        ({"mode": "resample", "recollate": default_collate}, "mode"),
+        ({"max_window_bytes": 2**20}, "max_window_bytes"),
     ],
 )
 def test_a_state_of_another_configuration_is_refused_naming_the_field(change, field):
@@ -168,6 +196,9 @@ def test_a_state_of_another_version_or_reference_is_refused():
     other = fs.FlowStream(batches_of(gamma_losses(100)), fs.Prescored("loss"))
     with pytest.raises(ValueError, match="another reference"):
         other.load_state_dict(state)
+    level = state | {"settings": state["settings"] | {"level": "token"}}
+    with pytest.raises(ValueError, match="the state was taken with level=token, this stream has level=sample"):
+        stream.load_state_dict(level)
     other.load_state_dict(state, strict=False)
     assert len(list(other)) == 6
 
@@ -219,11 +250,17 @@ def test_ctrl_c_loses_nothing_of_the_state():
     assert torch.equal(torch.cat([*out, *(batch["id"] for batch in resumed)]), torch.arange(16 * 40))
 
 
-def test_a_state_is_small():
-    stream = fs.FlowStream(batches_of(gamma_losses(40_000)), by_key, window=32)
-    take(stream, 2000)
+@pytest.mark.parametrize("num", [1, 25, 2000])
+@pytest.mark.parametrize("backend", ["numpy", "tdigest"])
+@pytest.mark.parametrize("mode", ["weight", "resample", fs.Systematic(2.0)], ids=str)
+def test_a_state_of_windows_of_512_samples_is_small(mode, backend, num):
+    temperature = fs.RunningMedian(backend=backend)
+    stream = fs.FlowStream(batches_of(gamma_losses(40_000)), by_key, mode=mode, window=32, temperature=temperature)
+    take(stream, num)
+    state = stream.state_dict()
+    (position,) = state["position"]
     buffer = io.BytesIO()
-    torch.save(stream.state_dict(), buffer)
+    torch.save(state | {"position": ({**position, "source": None},)}, buffer)
     assert buffer.tell() < 64 * 1024
 
 

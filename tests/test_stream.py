@@ -798,10 +798,10 @@ def test_delivered_batches_are_let_go_and_share_nothing():
     )
     previous = None
     for number, batch in zip(range(59), stream, strict=False):
-        state_before = stream.state_dict()["position"]["losses"].clone()
+        state_before = stream.state_dict()["position"][0]["losses"].clone()
         batch["flow_loss"].zero_()
         batch["flow_weight"].mul_(2)
-        assert torch.equal(stream.state_dict()["position"]["losses"], state_before)
+        assert torch.equal(stream.state_dict()["position"][0]["losses"], state_before)
         assert batch["flow_weight"].untyped_storage().nbytes() == batch["flow_weight"].nbytes
         previous = batch
         gc.collect()

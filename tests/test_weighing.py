@@ -75,15 +75,6 @@ def test_a_sample_without_a_label_gets_weight_zero_whatever_the_policy() -> None
 
 
 @pytest.mark.parametrize("level", ["sample", "token"])
-def test_a_negative_loss_is_refused_with_the_remedy(level: Any) -> None:
-    message = (
-        r"a loss of -0.5 nats under the reference \(2 of 3 are negative\): FLOW needs a non-negative loss.*squared"
-    )
-    with pytest.raises(ValueError, match=message):
-        flatten([by_token([[1.0], [-0.5]]), by_token([[-2.0]])], level)
-
-
-@pytest.mark.parametrize("level", ["sample", "token"])
 def test_of_nothing_comes_nothing(level: Any) -> None:
     losses = flatten([], level)
     assert len(losses.loss) == len(losses.sample) == len(losses.count) == 0

@@ -1,78 +1,17 @@
-"""Pulls batches from any loader, ahead of their use, and remembers where it stood."""
+"""The queue of batches between the loader and the windows, and where the loader stood before each window."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from flowstream.sources import Snapshot, Source
 
-class Source(Protocol):
-    """A loader whose position can be told and taken up again."""
-
-    def start(self) -> None:
-        """Begin an epoch."""
-
-    def pull(self) -> Any:
-        """The next batch; `StopIteration` at the end of the epoch; whatever the loader raises."""
-
-    def snapshot(self) -> dict[str, Any]:
-        """Where the loader stands after the batches pulled so far: plain values that no later pull changes."""
-
-    def restore(self, snapshot: dict[str, Any], passed: Sequence[int] = ()) -> None:
-        """Begin an epoch at that place. `passed`: before which batches the loader raised, and was asked to go on."""
-
-    def close(self) -> None: ...
-
-
-class ReplaySource:
-    """Any iterable, resumed by replaying: batches that were pulled before are pulled again and dropped.
-
-    Exact where the loader delivers the same batches again in the same epoch.
-    """
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
-        self._iterator: Iterator[Any] | None = None
-        self._num_pulled = 0
-
-    def start(self) -> None:
-        self._iterator = iter(self._loader)
-        self._num_pulled = 0
-
-    def pull(self) -> Any:
-        if self._iterator is None:
-            self.start()
-        assert self._iterator is not None
-        batch = next(self._iterator)
-        self._num_pulled += 1
-        return batch
-
-    def snapshot(self) -> dict[str, Any]:
-        return {"num_batches": self._num_pulled}
-
-    def restore(self, snapshot: dict[str, Any], passed: Sequence[int] = ()) -> None:
-        self.start()
-        rest = list(passed)
-        while self._num_pulled < snapshot["num_batches"]:
-            try:
-                self.pull()
-            except StopIteration:
-                raise RuntimeError(
-                    f"the loader ended after {self._num_pulled} batches, but the state was taken after "
-                    f"{snapshot['num_batches']}: resume with the loader (data, batch size, shuffling seed) that the "
-                    "state was taken with"
-                ) from None
-            except Exception as error:
-                if self._num_pulled not in rest:
-                    error.add_note(f"raised by the loader at batch {self._num_pulled}, which is replayed for a resume")
-                    raise
-                rest.remove(self._num_pulled)
-
-    def close(self) -> None:
-        self._iterator = None
+_logger = logging.getLogger("flowstream")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +20,17 @@ class Pulled:
 
     batch: Any
     ordinal: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Stand:
+    """Where the loader stood."""
+
+    ordinal: int
+    """Batches it had delivered."""
+    num_passed: int
+    """Errors it had raised and that were passed over."""
+    snapshot: Snapshot
 
 
 class ReadAhead:
@@ -92,10 +42,12 @@ class ReadAhead:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._queue: deque[Pulled] = deque()
-        self._snapshots: deque[tuple[int, dict[str, Any]]] = deque()
+        self._snapshots: deque[_Stand] = deque()
+        self._legacy: Snapshot = {}
         self._num_pulled = 0
         self._error: Exception | None = None
         self._passed: list[int] = []
+        self._to_pass: list[int] = []
         self._ended = False
         self.snapshot_every = 1
         """Batches between two snapshots of the loader: a window's."""
@@ -111,14 +63,22 @@ class ReadAhead:
         """Go to the batch `ordinal` of an epoch by a `state_for` some batch at or before it."""
         self._clear(state["ordinal"])
         self._passed = list(state["passed"])
-        self._source.restore(state["snapshot"], [at for at in self._passed if at <= state["ordinal"]])
-        rest = [at for at in self._passed if at > state["ordinal"]]
+        self._to_pass = self._passed[state["num_passed"] :]
+        if state["kind"] == self._source.kind:
+            self._source.restore(state["snapshot"])
+        else:
+            _logger.warning(
+                "the state was taken over a loader that is resumed by %s, this one is resumed by %s: its batches are "
+                "counted, which is exact if it delivers the same",
+                state["kind"],
+                self._source.kind,
+            )
+            self._clear(0)
+            self._source.start()
+            self._passed, self._to_pass = list(state["passed"]), list(state["passed"])
         while self._num_pulled < ordinal:
             if self.pull():
                 self._queue.clear()
-            elif self._error is not None and self._num_pulled in rest:
-                self._error = None  # it was raised before, and passed over
-                rest.remove(self._num_pulled)
             else:
                 self.reraise()
                 raise RuntimeError(
@@ -130,15 +90,19 @@ class ReadAhead:
         """Pull one batch into the queue; False at the end of the epoch, or while an error waits to be raised."""
         if self._ended or self._error is not None:
             return False
-        if not self._snapshots or self._num_pulled - self._snapshots[-1][0] >= self.snapshot_every:
-            self._snapshots.append((self._num_pulled, self._source.snapshot()))
+        if not self._snapshots or self._num_pulled - self._snapshots[-1].ordinal >= self.snapshot_every:
+            self._snapshots.append(self._stand())
         started = time.perf_counter()
         try:
             batch = self._source.pull()
         except StopIteration:
+            self._legacy = self._source.legacy()
             self._ended = True
             return False
         except Exception as error:
+            if self._num_pulled in self._to_pass:  # it was raised before, and passed over
+                self._to_pass.remove(self._num_pulled)
+                return self.pull()
             self._error = error
             return False
         finally:
@@ -153,9 +117,13 @@ class ReadAhead:
             return None
         return self._queue.popleft()
 
-    def peek(self) -> Any:
-        """The batch that `take` gives next; one must be queued."""
-        return self._queue[0].batch
+    def put_back(self, items: Sequence[Pulled]) -> None:
+        """Queue again what was taken last, so that `take` gives it next."""
+        self._queue.extendleft(reversed(items))
+
+    def peek(self, place: int = 0) -> Any:
+        """The batch at this place in the queue: 0 is what `take` gives next, -1 what was pulled last."""
+        return self._queue[place].batch
 
     @property
     def num_queued(self) -> int:
@@ -170,6 +138,11 @@ class ReadAhead:
     def stopped(self) -> bool:
         """Whether nothing more can be pulled: the epoch has ended, or an error waits."""
         return self._ended or self._error is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error of the loader's waits to be raised."""
+        return self._error is not None
 
     @property
     def exhausted(self) -> bool:
@@ -189,16 +162,40 @@ class ReadAhead:
 
     def state_for(self, ordinal: int) -> dict[str, Any]:
         """From where the batch `ordinal` can be reached; older snapshots are let go."""
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= ordinal:
+        while len(self._snapshots) > 1 and self._snapshots[1].ordinal <= ordinal:
             self._snapshots.popleft()
-        if not self._snapshots:
-            return {"ordinal": self._num_pulled, "snapshot": self._source.snapshot(), "passed": list(self._passed)}
-        at, snapshot = self._snapshots[0]
-        return {"ordinal": at, "snapshot": snapshot, "passed": [before for before in self._passed if before <= ordinal]}
+        stand = self._snapshots[0] if self._snapshots else self._stand()
+        return {
+            "kind": self._source.kind,
+            "ordinal": stand.ordinal,
+            "snapshot": stand.snapshot,
+            "passed": list(self._passed),
+            "num_passed": stand.num_passed,
+        }
+
+    def legacy(self) -> dict[str, Any]:
+        """What the epochs that are over leave to the next one."""
+        return {"kind": self._source.kind, "left": self._legacy}
+
+    def inherit(self, legacy: dict[str, Any]) -> None:
+        """Let the next `start` follow the epochs that left this."""
+        if legacy["kind"] == self._source.kind and legacy["left"]:
+            self._source.inherit(legacy["left"])
+            self._legacy = legacy["left"]
+
+    @property
+    def caveat(self) -> str:
+        """What a resume does not give back exactly; empty where it gives back everything."""
+        return self._source.caveat
 
     def close(self) -> None:
+        if self._num_pulled and not self._ended:
+            self._legacy = self._source.legacy()
         self._clear(0)
         self._source.close()
+
+    def _stand(self) -> _Stand:
+        return _Stand(self._num_pulled, len(self._passed), self._source.snapshot())
 
     def _clear(self, ordinal: int) -> None:
         self._queue.clear()
@@ -206,4 +203,5 @@ class ReadAhead:
         self._num_pulled = ordinal
         self._error = None
         self._passed = []
+        self._to_pass = []
         self._ended = False

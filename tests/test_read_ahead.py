@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from batches import Recording
 
-from flowstream.source import ReadAhead, ReplaySource
+from flowstream.read_ahead import ReadAhead
+from flowstream.sources.replay import replayed
 
 
 def reader_of(batches) -> ReadAhead:
-    reader = ReadAhead(ReplaySource(batches))
+    reader = ReadAhead(replayed(batches))
     reader.start()
     return reader
 
@@ -66,21 +67,25 @@ def test_any_batch_is_reached_again_from_its_state(ordinal, snapshot_every):
         pass
     state = reader.state_for(ordinal)
     assert ordinal - snapshot_every < state["ordinal"] <= ordinal
-    again = ReadAhead(ReplaySource(range(9)))
+    again = ReadAhead(replayed(range(9)))
     again.resume(state, ordinal)
     assert again.next_ordinal == ordinal
     assert again.take().batch == ordinal
 
 
 def test_a_loader_that_became_shorter_is_told():
-    state = {"ordinal": 4, "snapshot": {"num_batches": 4}, "passed": []}
+    reader = reader_of(range(9))
+    reader.snapshot_every = 4
+    while reader.pull():
+        pass
+    state = reader.state_for(4)
     with pytest.raises(RuntimeError, match="the loader ended after 2 batches, but the state was taken after 4"):
-        ReadAhead(ReplaySource(range(2))).resume(state, 4)
+        ReadAhead(replayed(range(2))).resume(state, 4)
     with pytest.raises(RuntimeError, match="the loader ended at batch 4, but the state needs batch 6"):
-        ReadAhead(ReplaySource(range(4))).resume(state, 6)
+        ReadAhead(replayed(range(4))).resume(state, 6)
 
 
 def test_nothing_is_asked_of_the_loader_before_the_start():
     loader = Recording([1, 2, 3])
-    ReadAhead(ReplaySource(loader))
+    ReadAhead(replayed(loader))
     assert loader.num_pulled == 0
