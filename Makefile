@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/demo.done
 	$(BIN)/flowstream demo
 
+# Two tests at a time, each on one core.
 test: .venv/test.done
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # What a test does ten times with a fixed seed, a hundred times with another each time.
 soak: .venv/test.done
