@@ -12,9 +12,10 @@ demo: .venv/demo.done
 test: .venv/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What a test does ten times with a fixed seed, a hundred times with another each time.
+# What a test does ten times with a fixed seed, a hundred times with another each time; what it does here and there,
+# everywhere.
 soak: .venv/test.done
-	FLOWSTREAM_NUM_KILLS=100 $(BIN)/python -m pytest tests/test_kill.py
+	FLOWSTREAM_NUM_KILLS=100 FLOWSTREAM_EVERY_STOP=1 $(BIN)/python -m pytest tests/test_kill.py tests/sources
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .

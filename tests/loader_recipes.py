@@ -241,6 +241,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+EVERY_STOP = bool(os.environ.get("FLOWSTREAM_EVERY_STOP"))
+"""Whether every loader is stopped everywhere, in all combinations (`make soak`), and not those with workers here and
+there."""
+
+
 def stream_over(loader: Iterable[Any], **settings: Any) -> fs.FlowStream:
     settings = {"temperature": fs.RunningMedian(warmup_samples=12), "cache": None, "include": INCLUDE} | settings
     return fs.FlowStream(loader, settings.pop("scorer", by_loss), window=WINDOW, **settings)
@@ -325,7 +330,7 @@ def outcome(name: str, at: Path, mode: str) -> Outcome:
 
     whole = uninterrupted(streams())
     this, later = [], []
-    for stop in recipe.stops:
+    for stop in range(len(whole.batches)) if EVERY_STOP else recipe.stops:
         if stop + 6 > len(whole.batches):
             break
         in_flight = whole.epochs[stop - 1] if stop and whole.epochs[stop - 1] == whole.states[stop]["epoch"] else None

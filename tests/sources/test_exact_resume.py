@@ -12,7 +12,7 @@ from typing import Any
 import loader_recipes
 import pytest
 import torch
-from loader_recipes import RECIPES, outcome, resumed, same, stream_over, uninterrupted
+from loader_recipes import EVERY_STOP, RECIPES, outcome, resumed, same, stream_over, uninterrupted
 
 import flowstream as fs
 
@@ -52,15 +52,21 @@ def scorer(tiny: Callable[..., Any]) -> fs.CausalLMScorer:
     return fs.CausalLMScorer(tiny("llama"))
 
 
-@pytest.mark.parametrize(("level", "cache"), [("sample", "path"), ("token", "none")])
-@pytest.mark.parametrize("name", [name for name in EXACT if not name.endswith("workers")])
-def test_a_language_models_losses_and_weights_are_the_same_bits(name, level, cache, at, scorer, tmp_path):
+SOME = [("weight", "sample", "path"), ("weight", "token", "none")]
+REST = [("weight", "sample", "none"), ("weight", "token", "path"), ("resample", "sample", "none")]
+REST += [("resample", "sample", "path")]
+
+
+@pytest.mark.parametrize(("mode", "level", "cache"), SOME + REST if EVERY_STOP else SOME)
+@pytest.mark.parametrize("name", [name for name in EXACT if EVERY_STOP or not name.endswith("workers")])
+def test_a_language_models_losses_and_weights_are_the_same_bits(name, mode, level, cache, at, scorer, tmp_path):
     def streams() -> fs.FlowStream:
         path = None if cache == "none" else tmp_path / "losses"
-        return stream_over(RECIPES[name].make(at), scorer=scorer, level=level, cache=path)
+        return stream_over(RECIPES[name].make(at), scorer=scorer, mode=mode, level=level, cache=path)
 
     whole = uninterrupted(streams())
-    for stop in range(9) if name == "list, `Sequence`" else (4, 13):
+    everywhere = range(len(whole.batches) - 4)
+    for stop in everywhere if EVERY_STOP else range(9) if name == "list, `Sequence`" else (4, 13):
         rest = resumed(streams, whole.states[stop], 4)
         assert all(map(same, rest, whole.batches[stop : stop + 4])), stop
 
@@ -127,3 +133,30 @@ def test_a_new_process_resumes_every_loader_to_the_bit(at, tmp_path, request):
     for case, rest in torch.load(tmp_path / "out.pt", weights_only=True).items():
         assert all(map(same, rest, expected[case])), case
         assert len(rest) == len(expected[case])
+
+
+IN_MEMORY = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import flowstream as fs
+from conftest import build
+from loader_recipes import RECIPES, resumed, stream_over
+make, scorer = RECIPES["`DataLoader`, in order"].make, fs.CausalLMScorer(build("llama"))
+streams = lambda: stream_over(make(Path(sys.argv[3])), scorer=scorer, cache="memory")
+torch.save({s: resumed(streams, state, 4) for s, state in torch.load(sys.argv[2]).items()}, sys.argv[4])
+"""
+
+
+def test_a_new_process_scores_again_what_was_in_the_memory_cache(at, scorer, tmp_path, request):
+    whole = uninterrupted(stream_over(RECIPES["`DataLoader`, in order"].make(at), scorer=scorer, cache="memory"))
+    torch.save({stop: whole.states[stop] for stop in (2, 10, 13)}, tmp_path / "states.pt")
+    tests = str(request.config.rootpath / "tests")
+    command = [sys.executable, "-c", IN_MEMORY, tests, *map(str, (tmp_path / "states.pt", at, tmp_path / "out.pt"))]
+    subprocess.run(command, check=True)
+    for stop, rest in torch.load(tmp_path / "out.pt").items():
+        assert len(rest) == 4
+        for one, other in zip(rest, whole.batches[stop:], strict=False):
+            assert torch.equal(one["id"], other["id"])
+            for key in ("flow_weight", "flow_loss", "flow_tau"):
+                torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-5)
