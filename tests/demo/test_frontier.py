@@ -56,7 +56,8 @@ def test_between_sparse_points_of_a_hyperbola_the_curve_is_nearer_than_straight_
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 60), st.floats(-5, 5, allow_subnormal=False)),
+        # In millionths of a nat: slopes of 1e-307 overflow in scipy, too.
+        st.tuples(st.integers(0, 60), st.integers(-5_000_000, 5_000_000).map(lambda micronats: micronats / 1e6)),
         min_size=2,
         max_size=9,
         unique_by=lambda p: p[0],
