@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
 from torch import nn
+
+# No deadlines: machines are shared. And the same examples in every run: `make test` tells of the change at hand.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 97,

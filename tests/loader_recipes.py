@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torchdata.nodes as tn
 import webdataset as wds
+from resuming import take, through_a_file
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -251,17 +251,6 @@ def stream_over(loader: Iterable[Any], **settings: Any) -> fs.FlowStream:
     return fs.FlowStream(loader, settings.pop("scorer", by_loss), window=WINDOW, **settings)
 
 
-def take(stream: fs.FlowStream, num: int) -> list[dict[str, torch.Tensor]]:
-    """The next `num` batches, over epochs as long as it takes."""
-    out: list[dict[str, torch.Tensor]] = []
-    while len(out) < num:
-        for batch in stream:
-            out.append(batch)
-            if len(out) == num:
-                break
-    return out
-
-
 @dataclass(frozen=True)
 class Run:
     """Two epochs without a stop, and the first batches of a third one."""
@@ -380,11 +369,3 @@ def table(at: Path) -> str:
         exact = ["exact" if good else "not exact, and told" for good in (found.this_epoch, found.next_epoch)]
         lines.append(f"| {name} | {HOW[found.kind]} | {exact[0]} | {exact[1]} | {again} |")
     return "\n".join(lines)
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    """Saved and loaded as a checkpoint is, without pickled code."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from batches import gathered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from resuming import through_a_file
 from torch import Tensor
 
 import flowstream as fs
@@ -109,14 +109,6 @@ STOPS = st.lists(st.integers(0, 9), max_size=6)
 """Batches that are taken between one resume and the next."""
 
 LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 def interrupted(stated: Data, mode: Any, stops: list[int], num_epochs: int = 2) -> list[list[dict[str, Tensor]]]:

