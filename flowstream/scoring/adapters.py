@@ -67,6 +67,14 @@ def base_of(module: nn.Module) -> nn.Module:
     return _base_of(module, layer_kinds())
 
 
+def embeddings_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """The base's `get_input_embeddings` or `get_output_embeddings`; `None` where a model has none."""
+    try:
+        return base_of(getattr(model, getter)())
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def _base_of(module: nn.Module, kinds: tuple[type, ...]) -> nn.Module:
     while isinstance(module, kinds):
         inner = (module._modules.get(name) for name in _BASES)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowstream.scoring.adapters import embeddings_of
 from flowstream.scoring.device import Lane
 from flowstream.scoring.head import Head, logits_of, losses_of_logits
 from flowstream.scoring.language import Language, check_logits, without_cache
@@ -244,9 +245,8 @@ class Forward:
 
 def _why_headless(model: nn.Module) -> str:
     """Why `Head.of` knows none."""
-    try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+    head = embeddings_of(model, "get_output_embeddings")
+    if head is None:
         return "the model has none"
     dtype = getattr(getattr(head, "weight", None), "dtype", None)
     return f"it is a {type(head).__name__} in {dtype}, not a Linear in float32, bfloat16 or float16"

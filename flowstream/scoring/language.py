@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from flowstream.batch import is_array
-from flowstream.scoring.adapters import bare_modules, base_of
+from flowstream.scoring.adapters import bare_modules, embeddings_of
 from flowstream.scoring.cache import Namespace, content_key, row_key
 from flowstream.scoring.capture import head_inputs
 from flowstream.scoring.head import Head, logits_of, losses_of_logits
@@ -192,10 +192,7 @@ def labelled(labels: Integers) -> Integers:
 
 
 def _num_rows(model: nn.Module, getter: str) -> int | None:
-    try:
-        module = base_of(getattr(model, getter)())
-    except (AttributeError, NotImplementedError):
-        return None
+    module = embeddings_of(model, getter)
     weight = getattr(module, "weight", None)
     rows = getattr(module, "num_embeddings", None) or getattr(module, "out_features", None)
     if rows is None and isinstance(weight, Tensor) and weight.ndim == 2:
