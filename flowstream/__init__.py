@@ -4,10 +4,13 @@ Weight each fine-tuning sample by w = exp(-f(θ*)/τ), f its loss under the froz
 those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream.
 """
 
+from flowstream.agreement import RankError
 from flowstream.checkpoint import load_state, save_state
 from flowstream.digest import Digest
+from flowstream.elastic_sampler import ElasticDistributedSampler
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
+from flowstream.message import UnevenError
 from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
 from flowstream.samplers import Systematic, Thin
 from flowstream.scoring import (
@@ -18,6 +21,7 @@ from flowstream.scoring import (
     Scorer,
     Seq2SeqLMScorer,
 )
+from flowstream.sharding import split_by_rank, webdataset_splitters
 from flowstream.sources import Source, register_source
 from flowstream.stage import stage
 from flowstream.stream import FlowStream
@@ -28,6 +32,7 @@ __all__ = [
     "CausalLMScorer",
     "ClassifierScorer",
     "Digest",
+    "ElasticDistributedSampler",
     "FixedTemperature",
     "Flow",
     "FlowStream",
@@ -36,6 +41,7 @@ __all__ = [
     "Permuted",
     "Prescored",
     "Probability",
+    "RankError",
     "RunningMedian",
     "Scorer",
     "Seq2SeqLMScorer",
@@ -44,12 +50,15 @@ __all__ = [
     "TargetESS",
     "Thin",
     "Threshold",
+    "UnevenError",
     "Uniform",
     "WindowMedian",
     "load_state",
     "register_source",
     "save_state",
+    "split_by_rank",
     "stage",
+    "webdataset_splitters",
     "weighted_cross_entropy",
     "weighted_linear_cross_entropy",
     "weighted_lm_loss",

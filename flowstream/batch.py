@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -204,6 +204,18 @@ def content_hash(batch: Any, key: str | None = None) -> str:
         elif isinstance(leaf, list | tuple) and all(isinstance(entry, str | bytes | int | float) for entry in leaf):
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
+
+
+def mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The tree anew, of the same containers, with `change(leaf)` in each leaf's place."""
+    if not is_container(batch):
+        return change(batch)
+    return with_fields(batch, {key: mapped(child, change) for key, child in fields(batch).items()})
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The tree anew, with its tensors on `device`; those that are there already are shared."""
+    return mapped(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
 
 
 def check_rows(batch: Any, rows: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowstream.batch import attach, device_of
+from flowstream.message import Agreed
 from flowstream.scoring.device import copied_to
 from flowstream.settings import Settings
 
@@ -34,13 +35,25 @@ class Delivery:
         return (self.batch, weight, own) if own else (self.batch, weight)
 
 
-def group_denominators(counts: Sequence[int], settings: Settings) -> list[Tensor]:
-    """Of each delivery, the labelled tokens (or samples) of the `accumulate` deliveries it shares a step with: 0-d.
+def in_order(extras: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """The extras in the order of `include`, which is that of a tuple's elements."""
+    return {f"flow_{name}": extras[f"flow_{name}"] for name in settings.include if f"flow_{name}" in extras}
 
-    `counts`: those of each delivery. Empty where nobody asked.
+
+def step_counts(counts: Sequence[int], settings: Settings) -> tuple[int, ...]:
+    """Labelled tokens (or samples) of each optimizer step, from those of its `accumulate` deliveries.
+
+    Empty where nobody asked.
     """
     if "denominator" not in settings.include:
-        return []
+        return ()
     accumulate = settings.accumulate
-    sums = [sum(counts[i : i + accumulate]) for i in range(0, len(counts), accumulate)]
-    return [torch.tensor(float(sums[i // accumulate])) for i in range(len(counts))]
+    return tuple(sum(counts[i : i + accumulate]) for i in range(0, len(counts), accumulate))
+
+
+def denominator_of(position: int, agreed: Agreed, settings: Settings) -> Tensor:
+    """Labelled tokens (or samples) of the step that a delivery belongs to, over all ranks, a rank's share of it: 0-d.
+
+    Divided by the number of ranks, so that a mean of the ranks' gradients is the gradient of one large batch.
+    """
+    return torch.tensor(agreed.counts[position // settings.accumulate] / agreed.world_size)

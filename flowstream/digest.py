@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from flowstream.centroids import Centroids, Floats, between, compressed, nodes_between
 
@@ -17,6 +17,10 @@ __all__ = ["Digest"]
 
 _BUFFER_PER_CENTROID = 8
 _HEADER = struct.Struct("<4sIIIQddd")
+_HEADER_FIELDS = [
+    *(("magic", "S4"), ("max_centroids", "<u4"), ("size", "<u4"), ("unused", "<u4")),
+    *(("num_values", "<u8"), ("sum_squares", "<f8"), ("minimum", "<f8"), ("maximum", "<f8")),
+]
 _MAGIC = b"fsd1"
 _STATE_VERSION = 1
 
@@ -102,16 +106,58 @@ class Digest:
         self._minimum, self._maximum = min(self._minimum, theirs.minimum), max(self._maximum, theirs.maximum)
 
     @classmethod
-    def merged(cls, digests: Sequence[Digest]) -> Digest:
-        """All `digests` in one, taken in order and compressed once, with as many centroids as the largest may have."""
-        max_centroids = max((digest.max_centroids for digest in digests), default=500)
+    def merged(cls, digests: Sequence[Digest], max_centroids: int | None = None) -> Digest:
+        """All `digests` in one, taken in order and compressed once.
+
+        Args:
+            digests: any number; none of them changes.
+            max_centroids: of the result; as many as the largest of `digests` may have, if left out. More than that
+                keep what many digests know together and each of them alone does not.
+        """
+        largest = max((digest.max_centroids for digest in digests), default=500)
+        result = cls(largest if max_centroids is None else max_centroids)
         parts = [Centroids(np.empty(0), np.empty(0), np.inf, -np.inf), *(digest._centroids() for digest in digests)]
         means, weights, minima, maxima = zip(*parts, strict=True)
-        centroids = compressed(np.concatenate(means), np.concatenate(weights), max_centroids)
-        return cls(max_centroids)._holding(
+        centroids = compressed(np.concatenate(means), np.concatenate(weights), result.max_centroids)
+        return result._holding(
             Centroids(*centroids, min(minima), max(maxima)),
             sum(digest._num_values for digest in digests),
             sum(digest._sum_squares for digest in digests),
+        )
+
+    @classmethod
+    def merged_bytes(cls, messages: Sequence[bytes] | NDArray[np.uint8], max_centroids: int | None = None) -> Digest:
+        """`merged` of the digests in messages of `to_bytes`, to the bit, in half the time: it makes no digest of each.
+
+        Args:
+            messages: one a rank, of one length: bytes, or the rows of a uint8 array `[R, num_bytes]`.
+            max_centroids: of the result, as in `merged`.
+
+        Raises:
+            ValueError: bytes that are no such message, or lengths that differ.
+        """
+        if not len(messages):
+            return cls.merged([], max_centroids)
+        lengths = {len(message) for message in messages}
+        capacity = (min(lengths) - _HEADER.size) // 16
+        if lengths != {cls.num_bytes(capacity)} or capacity < 0:
+            raise ValueError(
+                f"digests' messages have {cls.num_bytes(0)} bytes and 16 for every centroid, all as many; "
+                f"these {len(messages)} have {sorted(lengths)}"
+            )
+        table = np.frombuffer(b"".join(messages), dtype=[*_HEADER_FIELDS, ("body", "<f8", (2, capacity))])
+        is_digest = (table["magic"] == _MAGIC) & (table["max_centroids"] == capacity) & (table["size"] <= capacity)
+        if not is_digest.all():
+            raise ValueError(f"message {int(is_digest.argmin())} of {len(messages)} is not a digest's message")
+        held = np.arange(capacity) < table["size"][:, None]
+        means, weights = (table["body"][:, row][held].astype(np.float64, copy=False) for row in (0, 1))
+        order = _roughly_sorted(means)
+        result = cls(capacity if max_centroids is None else max_centroids)
+        centroids = compressed(means[order], weights[order], result.max_centroids)
+        return result._holding(
+            Centroids(*centroids, float(table["minimum"].min()), float(table["maximum"].max())),
+            sum(table["num_values"].tolist()),
+            sum(table["sum_squares"].tolist()),
         )
 
     def scale(self, factor: float) -> None:
@@ -383,6 +429,20 @@ class Digest:
 
     def _forget(self) -> None:
         self._cached = self._cached_nodes = None
+
+
+def _roughly_sorted(values: Floats) -> NDArray[np.intp]:
+    """An order in which a stable sort of many values is twice as fast, and ends the same: by their first 16 bits.
+
+    numpy sorts 16-bit keys by radix, in linear time. The bits of doubles ascend as they do, negative ones apart, which
+    only lose the speed.
+    """
+    if not values.size:
+        return np.arange(0)
+    bits = (values + 0.0).view(np.int64)
+    lowest = int(bits.min())
+    span = int(bits.max()) - lowest
+    return np.argsort(((bits - lowest) >> max(span.bit_length() - 16, 0)).astype(np.uint16), kind="stable")
 
 
 def _check_share(q: float) -> None:

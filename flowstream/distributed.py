@@ -82,6 +82,11 @@ class World:
         """Whether it is this process' losses that count among its tensor- and pipeline-parallel peers."""
         return self.global_rank == self.peers[0]
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether other processes read the same data."""
+        return len(self.peers) > 1
+
     def share(self, num: int) -> int:
         """What each rank contributes, at least, for all to reach `num` together."""
         return -(-num // self.world_size)

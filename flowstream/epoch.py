@@ -6,13 +6,18 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from flowstream.batch import content_hash, num_bytes, num_rows, num_samples
+from flowstream.filling import Filling
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
+from flowstream.meeting import Meetings
+from flowstream.message import Agreed, Message, Phase, UnevenError, agree
 from flowstream.numerics import own_numerics
+from flowstream.padding_batches import from_portable, portable
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead
 from flowstream.recollate import Row
@@ -20,13 +25,16 @@ from flowstream.resampled import ResampledWindow
 from flowstream.running import Running
 from flowstream.scoring.base import Scorer
 from flowstream.scoring.cache import LossCache
-from flowstream.settings import Settings, window_size
+from flowstream.settings import Settings, first_size, window_size
 from flowstream.weighted import WeightedWindow
 
 _logger = logging.getLogger("flowstream")
 
 _SCORED_BY = 0.75
-"""The share of a window's delivery at which the next one is scored: what is left hides the ranks' agreement."""
+"""The share of a window's delivery at which the scoring of the next one is enqueued."""
+
+_CALLED_BY = 0.875
+"""The share at which the ranks' meeting over it is called: what is left hides the meeting."""
 
 _TYPICAL_WEIGHT = 0.4
 """Mean weight at τ = median on common loss laws (.37-.43), until the stream has its own."""
@@ -51,6 +59,7 @@ class Epoch:
         running: Running,
         reader: ReadAhead,
         number: int,
+        meetings: Meetings,
         progress: Progress | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -61,6 +70,8 @@ class Epoch:
         self._cache = cache
         self._running = running
         self._reader = reader
+        self._meetings = meetings
+        self._filling = Filling(scorer, settings)
         self._progress = progress
         self._resume: Mapping[str, Any] | None = state
         self._begun_with = running.state_dict()
@@ -68,6 +79,9 @@ class Epoch:
         self._shape = Shape(1)
         self._making: Window | None = None
         self._current: Window | None = None
+        self._agreed: Agreed | None = None
+        self._is_last = False
+        self._has_compared = False
         self._anchor: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._failure: Exception | None = None
         self._position = 0
@@ -82,7 +96,8 @@ class Epoch:
         """The next batch. `EpochEnd` at the end; what the loader or the scorer raises, after the batches before it."""
         if self._done:
             raise EpochEnd
-        if self._making is None:
+        self._meetings.note(self._consumer)
+        if self._making is None and not self._is_last:
             self._start()
         if self._current is None or self._position >= self._current.num_deliveries:
             self._enter()
@@ -102,7 +117,8 @@ class Epoch:
         if self._done:
             return True
         at_end = self._current is not None and self._position >= self._current.num_deliveries
-        return at_end and self._making is not None and self._making.ended
+        agreed = self._agreed
+        return at_end and (self._is_last or (agreed is not None and agreed.last and not agreed.num_deliveries))
 
     @property
     def pending(self) -> Mapping[str, Any] | None:
@@ -114,6 +130,13 @@ class Epoch:
         """The place, in words for an error."""
         window = "" if self._making is None else f", window {self._making.terms.number}"
         return f"epoch {self.number}{window}"
+
+    @property
+    def _consumer(self) -> str:
+        """Where the training loop is, in words for the other ranks."""
+        if self._current is None:
+            return f"the beginning of epoch {self.number}"
+        return f"batch {self._position} of window {self._current.terms.number} of epoch {self.number}"
 
     def state_dict(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """The consumer's position within the epoch, `None` before the first batch, and what was learned before it."""
@@ -134,8 +157,8 @@ class Epoch:
             return
         self._resume, self._begun_with = self.state_dict()
         self.rewind()
-        self._making = self._current = self._failure = None
-        self._started = False
+        self._making = self._current = self._failure = self._agreed = None
+        self._is_last = self._started = False
 
     def close(self) -> None:
         """Let go of everything that is held. The epoch is over."""
@@ -151,47 +174,96 @@ class Epoch:
     # -- beginning ---------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Begin the epoch, or go to the position to be resumed."""
+        """Begin the epoch, or go to the position to be resumed: on all ranks."""
+        self._meetings.begin()
         if self._resume is not None:
             self._go_to(self._resume)
             return
+        place = Message(phase=Phase.OPENING, epoch=self.number)
+        opened = self._meetings.meet(place, lambda: self._look_at_first(place))
+        if not self._open(opened):
+            self._end()
+            raise EpochEnd
+        self._making = self._make(0, 0, 0)
+
+    def _look_at_first(self, place: Message) -> Message:
+        """What this rank's first batch is like."""
         reader = self._reader
         if not self._started:
             reader.start()
             self._started = True
-        if not reader.pull():
+        if not reader.num_queued and not reader.pull():
             reader.reraise(self.where)
-            self._end()
-            raise EpochEnd
+            return place
         while not num_rows(reader.peek(-1)) and reader.num_queued < _MAX_EMPTY and reader.pull():
             pass
         first = reader.peek(-1)
         self._shape = Shape(max(num_rows(first), 1))
-        self._set_size(window_size(self._settings, num_samples(first), num_bytes(first)))
-        self._making = self._make(0, 0)
+        num, size = num_samples(first), num_bytes(first)
+        return replace(
+            place, has_batch=True, size=window_size(self._settings, num, size), num_first=num, num_first_bytes=size
+        )
+
+    def _open(self, opened: Sequence[Message]) -> bool:
+        """Take over what the ranks know of their first batches. False where the epoch is over before it begins."""
+        dry = tuple(rank for rank, message in enumerate(opened) if not message.has_batch)
+        on_uneven = self._settings.when_uneven
+        if dry and on_uneven == "raise" and len(dry) < len(opened):
+            raise UnevenError(f"ranks {list(dry)} have no batch at all in epoch {self.number}, others have")
+        if len(dry) == len(opened) or (dry and on_uneven == "stop"):
+            self._tell_stop(dry, self._reader.num_queued_samples)
+            return False
+        size = max(message.size for message in opened)
+        self._set_size(size, first_size(self._settings, self._running.temperature.warmup_samples, size, opened))
+        self._supply(opened)
+        return True
+
+    def _supply(self, opened: Sequence[Message]) -> None:
+        """Give ranks without a batch one to make batches of weight 0 from: another rank's first."""
+        having = [rank for rank, message in enumerate(opened) if message.has_batch]
+        if len(having) in (0, len(opened)) or self._settings.when_uneven != "pad":
+            return
+        is_donor = having[0] == self._meetings.world.rank
+        self._filling.remember(
+            from_portable(self._meetings.from_rank(having[0], portable(self._reader.peek()) if is_donor else None))
+        )
 
     def _go_to(self, state: Mapping[str, Any]) -> None:
         """Make the window in flight again. Until that is done the position stays to be resumed."""
-        reader = self._reader
-        self.rewind()
-        self._shape = Shape(**state["shape"])
-        reader.resume(state["source"], state["oldest_ordinal"])
+        place = Message(phase=Phase.OPENING, epoch=self.number, window=state["window"], position=state["delivered"])
+        carry: list[Kept] = []
+
+        def reach() -> Message:
+            self.rewind()
+            self._shape = Shape(**state["shape"])
+            self._reader.resume(state["source"], state["oldest_ordinal"])
+            carry[:] = self._restore_carry(state)
+            while self._reader.num_queued < state["num_taken"]:
+                if not self._reader.pull():
+                    self._reader.reraise(self.where, at_once=True)
+                    raise self._too_short(state)
+            return replace(place, has_batch=state["num_taken"] > 0, size=state["size"])
+
+        opened = self._meetings.meet(place, reach)
         self._set_size(state["size"])
-        carry = self._restore_carry(state)
-        while reader.num_queued < state["num_taken"]:
-            if not reader.pull():
-                reader.reraise(self.where, at_once=True)
-                raise self._too_short(state)
+        self._supply(opened)
         stored = state["losses"]
-        if state["num_taken"] and content_hash(reader.peek(), self._settings.cache_key) != state["content"]:
+        if state["num_taken"] and content_hash(self._reader.peek(), self._settings.cache_key) != state["content"]:
             _logger.warning(
                 "the resumed loader delivers another batch %d than before (unseeded shuffling, or random augmentation "
                 "without cache_key): its losses are taken anew, and samples may be repeated or left out",
-                reader.next_ordinal,
+                self._reader.next_ordinal,
             )
             stored = None
         making = self._make(
-            state["window"], state["first_index"], carry, state["num_taken"], stored, capped=state["capped"]
+            state["window"],
+            state["first_index"],
+            state["first_delivery"],
+            carry,
+            state["num_taken"],
+            stored,
+            capped=state["capped"],
+            ended=state["ended"],
         )
         if not self._finish_window(making, state["delivered"]):
             raise self._too_short(state)
@@ -205,36 +277,53 @@ class Epoch:
             f"{state['num_taken']}: resume with the loader that it was taken with"
         )
 
-    def _set_size(self, size: int) -> None:
+    def _set_size(self, size: int, first: int | None = None) -> None:
         self._reader.snapshot_every = size
-        self._recipe = Recipe(self._settings, self._scorer, self._cache, self._running.temperature, size)
+        self._recipe = Recipe(
+            self._settings,
+            self._scorer,
+            self._cache,
+            self._running.temperature,
+            self._meetings,
+            self._filling,
+            size,
+            first if self._meetings.are_several else None,
+        )
 
     @own_numerics()
     def _make(
         self,
         number: int,
         first_index: int,
+        first_delivery: int,
         carry: Sequence[Kept] = (),
         max_batches: int | None = None,
         stored: torch.Tensor | None = None,
         *,
         capped: bool = False,
+        ended: bool = False,
     ) -> Window:
-        assert self._recipe is not None
         running = self._running
-        terms = Terms(
-            epoch=self.number,
-            number=number,
-            tau=running.temperature.settled_tau,
-            mean_weight=running.mean_weight,
-            acceptance=running.sums.mean_weight if running.sums.total else _TYPICAL_WEIGHT,
-            first_index=first_index,
-            shape=self._shape,
-            carry=carry,
-            max_batches=max_batches,
-            stored=stored,
-            capped=capped,
+        return self._window(
+            Terms(
+                epoch=self.number,
+                number=number,
+                tau=running.temperature.settled_tau,
+                mean_weight=running.mean_weight,
+                acceptance=running.sums.mean_weight if running.sums.total else _TYPICAL_WEIGHT,
+                first_index=first_index,
+                first_delivery=first_delivery,
+                shape=self._shape,
+                carry=carry,
+                max_batches=max_batches,
+                stored=stored,
+                capped=capped,
+                ended=ended,
+            )
         )
+
+    def _window(self, terms: Terms) -> Window:
+        assert self._recipe is not None
         kind = WeightedWindow if self._settings.sampler is None else ResampledWindow
         return kind(self._recipe, self._reader, terms)
 
@@ -245,11 +334,35 @@ class Epoch:
         if self._failure is not None:
             error, self._failure = self._failure, None
             raise error
-        while not self._finish_window(window := self._making_now):
-            self._reader.reraise(self.where, at_once=window.held_back)
-            if self._making_now.ended:
+        while self._is_last or not self._finish_window(self._making_now):
+            if self._is_last:
                 self._end()
+                self._scorer.check()
                 raise EpochEnd
+
+    def _call(self, window: Window, position: int = 0) -> None:
+        """Finish this rank's share of the window, and call the meeting over it."""
+
+        def build() -> Message:
+            window.finish()
+            if not window.num_taken and self._reader.failed:
+                if window is self._making:  # what the loader delivers after the error is this window's
+                    self._making = self._window(window.terms)
+                self._reader.reraise(self.where, at_once=True)
+            self._scorer.check()
+            return window.report()
+
+        self._meetings.call(window.terms.place(position), build)
+
+    def _agree(self, window: Window) -> Agreed:
+        """Wait for the outcome of the meeting."""
+        settings = self._settings
+        messages = self._meetings.outcome()
+        agreed = agree(messages, on_uneven=settings.when_uneven, accumulate=settings.accumulate)
+        if not window.terms.first_delivery and not self._has_compared:
+            self._has_compared = True
+            self._tell_same(messages)
+        return agreed
 
     def _finish_window(self, window: Window, position: int = 0) -> bool:
         """Finish the window in the making and begin the next. True if it goes into delivery, from `position` on."""
@@ -257,8 +370,12 @@ class Epoch:
         started = time.perf_counter()
         if self._progress is not None and window.terms.number == 0:
             self._progress.first_window(window, reader)
-        window.finish()
-        self._scorer.check()
+        if self._agreed is None:
+            if not self._meetings.is_called:
+                self._call(window, position)
+            self._agreed = self._agree(window)
+        agreed = self._agreed
+        window.settle(agreed)
         now = time.perf_counter()
         running.wait_seconds += now - started
         running.window_seconds, self._entered_at = now - self._entered_at, now
@@ -266,42 +383,90 @@ class Epoch:
             anchor = self._describe(window), running.state_dict()
             # In one statement: a state taken after Ctrl-C must not meet the one without the other.
             self._current, self._anchor, self._position, self._first_position = window, anchor, position, position
-        running.absorb(window)
+        running.absorb(window, agreed)
         self._shape = window.shape
-        self._making = self._make(window.terms.number + 1, window.next_index, window.carry)
+        self._agreed, self._is_last = None, agreed.last
+        if agreed.last:
+            self._making = None
+            if len(agreed.ended) < agreed.world_size:
+                self._tell_stop(agreed.ended, window.num_left + reader.num_queued_samples)
+        else:
+            first_delivery = window.terms.first_delivery + window.num_deliveries
+            self._making = self._make(window.terms.number + 1, window.next_index, first_delivery, window.carry)
         if not window.num_deliveries:
             return False
-        self._num_pulled = 0
-        self._num_due = max(self._making.num_wanted + self._num_queued_wanted - reader.num_queued, 0)
+        self._num_pulled = self._num_due = 0
+        if self._making is not None:
+            self._num_due = max(self._making.num_wanted + self._num_queued_wanted - reader.num_queued, 0)
         if self._progress is not None:
             self._progress.line(self.number, window.terms.number, running.metrics())
         return True
 
     def _work_ahead(self, current: Window) -> None:
-        """Do this delivery's share for the windows to come: pull, and score.
+        """Do this delivery's share for the windows to come: pull, score, and meet the other ranks.
 
         What fails there is raised once this window is delivered.
         """
         share = (self._position + 1 - self._first_position) / max(current.num_deliveries - self._first_position, 1)
-        started = self._reader.seconds
+        started = self._reader.seconds + self._meetings.seconds
         while self._num_pulled < math.ceil(self._num_due * share) and self._reader.pull():
             self._num_pulled += 1
-        if self._failure is None:
+        if self._failure is None and not self._is_last:
             try:
                 self._make_ahead(share)
             except Exception as error:
                 self._failure = error
-        self._running.wait_seconds += self._reader.seconds - started
+        self._running.wait_seconds += self._reader.seconds + self._meetings.seconds - started
 
     def _make_ahead(self, share: float) -> None:
-        self._making_now.advance(min(share / _SCORED_BY, 1.0))
-        if share < 1:
+        assert self._current is not None
+        making, num = self._making_now, self._current.num_deliveries
+        making.advance(min(share / _SCORED_BY, 1.0))
+        are_several = self._meetings.are_several
+        # Counted in the window's own deliveries, so that all ranks call at the same one, resumed or not.
+        is_due = self._position + 1 >= min(math.ceil(_CALLED_BY * num), max(num - 1, 1))
+        if are_several and is_due and not self._meetings.is_called and self._agreed is None:
+            self._call(making)
+        if self._position + 1 < num:
             return
-        self._making_now.settle()
         # Whether this was the last batch shall be known, and the windows after it that deliver nothing be counted.
-        while self._making_now.barren and self._making_now.num_taken and not self._reader.failed:
-            self._finish_window(self._making_now)
-            self._making_now.settle()
+        making.look()
+        while are_several or making.barren:
+            if not self._meetings.is_called:
+                self._call(making)
+            self._agreed = self._agree(making)
+            if self._agreed.num_deliveries or self._agreed.last:
+                return
+            self._finish_window(making)
+            making = self._making_now
+            making.look()
+
+    def _tell_stop(self, ended: tuple[int, ...], num_left: int) -> None:
+        """Say why an epoch ends before this rank's data do."""
+        if len(ended) < self._meetings.world.world_size and self._meetings.world.rank not in ended:
+            _logger.warning(
+                'epoch %d ends on all ranks, since ranks %s have no more batches (on_uneven="stop"): %d samples that '
+                "rank %d has read are left out, and what else its loader has",
+                self.number,
+                list(ended),
+                num_left,
+                self._meetings.world.rank,
+            )
+
+    def _tell_same(self, messages: Sequence[Message]) -> None:
+        """Warn of ranks that deliver the same samples in the same order."""
+        ranks_of: dict[int, list[int]] = {}
+        for rank, message in enumerate(messages):
+            if message.content:
+                ranks_of.setdefault(message.content, []).append(rank)
+        own = next((ranks for ranks in ranks_of.values() if self._meetings.world.rank in ranks), [])
+        if len(own) > 1:
+            _logger.warning(
+                "ranks %s deliver the same samples in the same order: split the data over the ranks "
+                "(fs.webdataset_splitters(), fs.split_by_rank(dataset), fs.ElasticDistributedSampler(dataset)); for "
+                "tensor- or pipeline-parallel ranks give process_group=mesh[…], the data-parallel dimension",
+                own,
+            )
 
     @property
     def _making_now(self) -> Window:
@@ -333,8 +498,10 @@ class Epoch:
             "oldest_ordinal": oldest,
             "first_ordinal": window.first_ordinal,
             "first_index": window.terms.first_index,
+            "first_delivery": window.terms.first_delivery,
             "num_taken": window.num_taken,
             "capped": window.capped,
+            "ended": window.ended,
             "content": window.content,
             "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32)
             if self._settings.needs_loss

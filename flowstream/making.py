@@ -10,6 +10,9 @@ from torch import Tensor
 
 from flowstream.batch import num_rows
 from flowstream.digest import Digest
+from flowstream.filling import Filling
+from flowstream.meeting import Meetings
+from flowstream.message import Agreed, Message, Phase
 from flowstream.metrics import WeightSums
 from flowstream.recollate import Row, width_of
 from flowstream.running_temperature import RunningTemperature
@@ -26,8 +29,12 @@ class Recipe:
     scorer: Scorer
     cache: LossCache | None
     temperature: RunningTemperature
+    meetings: Meetings
+    filling: Filling
     size: int
     """Delivered batches a window."""
+    first_size: int | None = None
+    """Batches of the first window, where ranks have agreed on them; `None`: it grows until τ is warm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +79,8 @@ class Terms:
     """Running mean weight of samples, or what is typical before the first window."""
     first_index: int
     """Position in the rank's stream of the first sample that the window pulls."""
+    first_delivery: int
+    """Batches that the epoch delivered before it."""
     shape: Shape
     carry: Sequence[Kept] = ()
     """What windows before it kept and did not deliver."""
@@ -80,11 +89,17 @@ class Terms:
     stored: Tensor | None = None
     """… and their losses [N], …"""
     capped: bool = False
-    """… and whether it was `Window.capped`."""
+    """… and whether it was `Window.capped`, …"""
+    ended: bool = False
+    """… and `Window.ended`."""
 
-    def seed(self, settings: Settings) -> tuple[int, int, int, int]:
+    def seed(self, recipe: Recipe) -> tuple[int, int, int, int]:
         """(seed, epoch, window, rank): all randomness of the window follows from it."""
-        return settings.seed, self.epoch, self.number, 0
+        return recipe.settings.seed, self.epoch, self.number, recipe.meetings.world.rank
+
+    def place(self, position: int = 0) -> Message:
+        """Where the ranks meet over the window."""
+        return Message(phase=Phase.WINDOW, epoch=self.epoch, window=self.number, position=position)
 
 
 class Window(Protocol):
@@ -95,11 +110,17 @@ class Window(Protocol):
     def advance(self, share: float) -> None:
         """Go on until this share (0 to 1) of the work is done, as far as batches are queued."""
 
-    def settle(self) -> None:
-        """Do what tells whether anything is to be delivered."""
+    def look(self) -> None:
+        """Do what tells whether there is anything to be delivered."""
 
     def finish(self) -> None:
-        """Do all that is left. What the window brings is known only then."""
+        """Have all scored and weighed. What the window brings to the ranks' meeting is known only then."""
+
+    def report(self) -> Message:
+        """What it brings: everything but the place."""
+
+    def settle(self, agreed: Agreed) -> None:
+        """Make the deliveries, as all ranks agreed upon. What is left for the next window is known only then."""
 
     @property
     def gathers(self) -> bool:
@@ -111,11 +132,7 @@ class Window(Protocol):
 
     @property
     def barren(self) -> bool:
-        """Whether it is known by now that nothing is delivered of it."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the epoch is over: nothing was carried into the window, and there is nothing to take."""
+        """Whether it is known by now that this rank has nothing to deliver of it."""
 
     tau: float
     """The temperature that its weights were taken at, in nats (the median one, where each batch has its own)."""
@@ -128,6 +145,8 @@ class Window(Protocol):
     """Samples pulled for it."""
     num_kept: int
     """Those that were drawn, in this window or a later one; all, in weight mode."""
+    num_left: int
+    """Samples scored and not delivered, where the ranks stop together."""
     next_index: int
     """Position of the first sample after it."""
     first_ordinal: int
@@ -140,8 +159,8 @@ class Window(Protocol):
 
     capped: bool
     """Whether it ended before its batches were full, but not with the epoch: what fills no batch is carried over."""
-    held_back: bool
-    """Whether batches went back into the queue, to be delivered after an error of the loader's."""
+    ended: bool
+    """Whether this rank has nothing to deliver after it: known once it is reported."""
 
     content: str
     """A hash of the first batch that it took: a resumed loader must deliver it again."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowstream.batch import num_samples
 from flowstream.sources import Snapshot, Source
 
 _logger = logging.getLogger("flowstream")
@@ -128,6 +129,10 @@ class ReadAhead:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def num_queued_samples(self) -> int:
+        return sum(num_samples(item.batch) for item in self._queue)
 
     @property
     def next_ordinal(self) -> int:

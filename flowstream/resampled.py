@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flowstream.batch import check_rows, num_bytes, num_rows, num_samples
-from flowstream.delivery import Delivery, group_denominators
+from flowstream.delivery import Delivery, denominator_of, step_counts
 from flowstream.digest import Digest
 from flowstream.making import Kept, Recipe, Terms
+from flowstream.message import Agreed, Message
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.randomness import uniform
@@ -30,6 +32,7 @@ from flowstream.scored import (
     check_stored,
     content_of,
     digest_of,
+    hash_of_samples,
 )
 from flowstream.scoring.base import Cost, Scores
 from flowstream.weighing import flatten, sum_up, weigh
@@ -55,6 +58,7 @@ class ResampledWindow:
         self.score_seconds = 0.0
         self.num_seen = 0
         self.num_kept = 0
+        self.num_left = 0
         self.num_taken = 0
         self.content = ""
         self.next_index = terms.first_index
@@ -66,7 +70,7 @@ class ResampledWindow:
         self._reader = reader
         self._wanted = recipe.size * terms.shape.num_rows - len(terms.carry)
         self._mass = 0.0
-        self._u = uniform(terms.seed(recipe.settings))
+        self._u = uniform(terms.seed(recipe))
         self._chunk: list[Pulled] = []
         self._num_rows = 0
         self._num_samples = 0
@@ -76,28 +80,60 @@ class ResampledWindow:
         self._pulled: list[Pulled] = []
         self._scores: list[Scores] = []
         self._weights: list[Tensor] = []
+        self._is_tau_open = terms.tau is None and recipe.settings.needs_loss and recipe.temperature.scope != "batch"
         self._complete = self._wanted <= 0 or terms.max_batches == 0
         self.capped = terms.capped
-        self.held_back = False
+        self.ended = False
         self._taus: list[float] = []
         self._losses = flatten([], recipe.settings.level)
         self._padding = Padding()
         self._groups: list[list[Kept]] | None = None
-        self._denominators: list[Tensor] = []
+        self._pool: list[Kept] = []
+        self._names = 0
+        self._agreed = Agreed()
 
     def advance(self, share: float) -> None:
         while not self._complete and self._progress < share:
             if not self._go_on(force=False):
                 return
 
-    def settle(self) -> None:
+    def look(self) -> None:
         self.finish()
 
     def finish(self) -> None:
         while not self._complete:
             self._go_on(force=True)
+        if self._is_tau_open:  # the other ranks have candidates, and wait for this one's
+            self._settle_tau(Digest())
         if self._groups is None:
             self._fill()
+
+    def report(self) -> Message:
+        assert self._groups is not None
+        settings = self._recipe.settings
+        num_placed = sum(map(len, self._groups))
+        self.ended = num_placed == len(self._pool) and (self.terms.ended or self._reader.exhausted)
+        return replace(
+            self.terms.place(),
+            tau=self.tau if settings.needs_loss and not self._taus else math.nan,
+            num_batches=len(self._groups),
+            ended=self.ended,
+            num_seen=self.num_seen,
+            num_kept=self.num_kept,
+            content=self._names,
+            sums=self.sums,
+            counts=step_counts([sum(kept.count for kept in group) for group in self._groups], settings),
+            digest=self.digest,
+        )
+
+    def settle(self, agreed: Agreed) -> None:
+        assert self._groups is not None
+        self._agreed = agreed
+        del self._groups[agreed.num_deliveries :]
+        self.carry = self._pool[sum(map(len, self._groups)) :]
+        if agreed.last:
+            self.num_left, self.carry = len(self.carry), ()
+        self._pool = []
 
     @property
     def gathers(self) -> bool:
@@ -114,14 +150,6 @@ class ResampledWindow:
     @property
     def barren(self) -> bool:
         return self._groups == []
-
-    @property
-    def ended(self) -> bool:
-        if self._groups is None:
-            empty = not (self.terms.carry or self.num_taken or self._chunk)
-        else:
-            empty = not (self._groups or self.carry)
-        return empty and self._reader.exhausted
 
     @property
     def flat_losses(self) -> Tensor:
@@ -149,7 +177,7 @@ class ResampledWindow:
             "weight": lambda: torch.tensor([kept.weight for kept in group]),
             "tau": lambda: torch.tensor(self.tau),
             "index": lambda: torch.tensor([kept.index for kept in group]),
-            "denominator": lambda: self._denominators[position],
+            "denominator": lambda: denominator_of(position, self._agreed, settings),
         }
         extras = {f"flow_{name}": available[name]() for name in settings.include}
         self._groups[position] = []
@@ -171,9 +199,17 @@ class ResampledWindow:
             self._scoring = Scoring(self._recipe, self._chunk, None if stored is None else stored[at:])
         elif self._scoring.num_steps:
             self._scoring.step()
+        elif not force and self._waits_to_draw:
+            return False
         else:
             self._draw()
         return True
+
+    @property
+    def _waits_to_draw(self) -> bool:
+        """Whether others are met before it is drawn: at fixed calls only, or they would wait within a training step."""
+        meetings = self._recipe.meetings
+        return meetings.world.has_peers or (self._is_tau_open and meetings.are_several)
 
     @property
     def _progress(self) -> float:
@@ -209,7 +245,8 @@ class ResampledWindow:
         if isinstance(self._sampler, Systematic):  # batches may be smaller than the first
             enough &= self._num_rows >= self._chunk_target * self.shape.num_rows or num >= limit
         if math.isnan(self.tau) and self._recipe.settings.needs_loss:
-            warm = self._num_samples >= self._recipe.temperature.warmup_samples and enough
+            wanted = self._recipe.meetings.world.share(self._recipe.temperature.warmup_samples)
+            warm = self._num_samples >= wanted and enough
             return warm or self._num_bytes >= self._recipe.settings.max_window_bytes
         return enough or num >= max(limit - self.num_taken, 1)
 
@@ -237,15 +274,17 @@ class ResampledWindow:
         scores, cost = self._scoring.finish()
         losses = flatten(scores, settings.level)
         check_negative(losses, self._chunk, scores, recipe, self.terms)
-        seed = self.terms.seed(settings)
+        seed = self.terms.seed(recipe)
         if recipe.temperature.scope == "batch" and settings.needs_loss:
             taus = batch_temperatures(losses, recipe.temperature)
             weight = weigh(losses, taus, settings.policy, (*seed, self.num_taken))
             self._taus += taus
             self.tau = statistics.median(self._taus)
         else:
-            if math.isnan(self.tau):
-                self.tau = recipe.temperature.tau(digest_of(losses, recipe, self.terms))
+            if self._is_tau_open:
+                self._settle_tau(digest_of(losses, recipe, self.terms))
+            elif math.isnan(self.tau):
+                self.tau = recipe.temperature.tau()
             weight = weigh(losses, self.tau, settings.policy, (*seed, self.num_taken))
         self.cost += cost
         self.score_seconds += self._scoring.seconds
@@ -270,6 +309,13 @@ class ResampledWindow:
             self._complete = self.capped = True
         else:
             self._complete = self._reader.exhausted
+
+    def _settle_tau(self, digest: Digest) -> None:
+        """τ from the ranks' first candidates."""
+        recipe, self._is_tau_open = self._recipe, False
+        merged = recipe.meetings.merged(self.terms.place(), digest)
+        if merged.num_values or self._chunk:
+            self.tau = recipe.temperature.tau(merged)
 
     def _copies(self, weight: Tensor) -> NDArray[np.int64]:
         """How often each candidate of the chunk is delivered."""
@@ -322,17 +368,17 @@ class ResampledWindow:
             lengths = [0] * len(pool)
         rows = self.shape.num_rows
         ready = len(pool) // rows * rows if self.capped else len(pool)  # a short batch only at the epoch's end
-        groups, num_placed = fill_batches(
+        groups, _ = fill_batches(
             lengths[:ready], recipe.size, self.shape.num_rows, self.shape.area, self._padding.multiple
         )
         if self.capped and len(groups) % recipe.settings.accumulate:  # a step's batches come from one window
             whole = len(groups) - len(groups) % recipe.settings.accumulate
-            groups, num_placed = fill_batches(
+            groups, _ = fill_batches(
                 lengths[:ready], whole, self.shape.num_rows, self.shape.area, self._padding.multiple
             )
         self._groups = [[pool[i] for i in group] for group in groups]
-        self.carry = pool[num_placed:]
-        counts = [sum(kept.count for kept in group) for group in self._groups]
-        self._denominators = group_denominators(counts, recipe.settings)
+        self._pool = pool
+        if recipe.meetings.are_several and not self.terms.first_delivery:
+            self._names = hash_of_samples(self._pulled, recipe.settings)
         # Batches of which no row was kept may go.
         self._pulled, self._scores, self._weights, self._kept = [], [], [], []

@@ -8,12 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowstream.making import Window
+from flowstream.message import Agreed
 from flowstream.metrics import WeightSums
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost
 from flowstream.settings import Settings
 
 _logger = logging.getLogger("flowstream")
+
+_MAX_PADDED = 0.05
+"""The share of padded batches above which it is told, …"""
+_MIN_BATCHES = 20
+"""… once there are as many batches."""
 
 
 class Running:
@@ -26,6 +32,10 @@ class Running:
         self.num_seen = 0
         self.num_emitted = 0
         self.num_kept = 0
+        self.num_batches = 0
+        """Delivered over all ranks, …"""
+        self.num_padded = 0
+        """… and how many of them had no samples."""
         self.tau = math.nan
         """τ of the window in delivery, in nats."""
         self.cost = Cost()
@@ -35,21 +45,33 @@ class Running:
         self._told: set[str] = set()
         self._advise_at = 1
 
-    def absorb(self, window: Window) -> None:
-        """Take over what a finished window brings, as it goes into delivery."""
+    def absorb(self, window: Window, agreed: Agreed) -> None:
+        """Take over what a finished window brings, on this rank and on all, as it goes into delivery."""
         self.tau = window.tau if self._settings.needs_loss else math.nan
-        self.temperature.update(window.digest, window.num_seen)
-        self.sums += window.sums
-        self.num_seen += window.num_seen
-        self.num_kept += window.num_kept
+        self.temperature.update(agreed.digest, agreed.num_seen)
+        self.sums += agreed.sums
+        self.num_seen += agreed.num_seen
+        self.num_kept += agreed.num_kept
+        self.num_batches += agreed.num_deliveries * agreed.world_size
+        self.num_padded += agreed.num_padded
         self.cost += window.cost
         self.score_seconds += window.score_seconds
         if self._settings.needs_loss and self.num_seen >= self._advise_at:
             self._advise_at = 2 * self.num_seen
             for name, message in self.temperature.advice(self.tau):
-                if name not in self._told:
-                    _logger.warning(message)
-                    self._told.add(name)
+                self._tell(name, message)
+        if self.num_batches >= _MIN_BATCHES and self.num_padded > _MAX_PADDED * self.num_batches:
+            self._tell(
+                "padded",
+                f"{self.num_padded} of {self.num_batches} batches over all ranks were of weight 0, to keep ranks of "
+                "unequal data in step: their steps are computed for nothing, and BatchNorm and auxiliary losses see "
+                'them. Spread the shards more evenly (more, smaller ones), or take on_uneven="stop"',
+            )
+
+    def _tell(self, name: str, message: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            _logger.warning(message)
 
     @property
     def mean_weight(self) -> float | None:
@@ -73,7 +95,7 @@ class Running:
             "flow/score_seconds": self.score_seconds,
             "flow/wait_seconds": self.wait_seconds,
             "flow/padding_fraction": 1 - cost.num_tokens / cost.num_padded if cost.num_padded else 0.0,
-            "flow/padded_batches": 0.0,
+            "flow/padded_batches": float(self.num_padded),
             "flow/window_seconds": self.window_seconds,
         }
 
@@ -84,6 +106,8 @@ class Running:
             "sums": self.sums.state_dict(),
             "num_seen": self.num_seen,
             "num_kept": self.num_kept,
+            "num_batches": self.num_batches,
+            "num_padded": self.num_padded,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -97,3 +121,5 @@ class Running:
         self.sums = WeightSums.from_state_dict(state["sums"])
         self.num_seen = state["num_seen"]
         self.num_kept = state["num_kept"]
+        self.num_batches = state["num_batches"]
+        self.num_padded = state["num_padded"]

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
-from flowstream.batch import content_hash, fields, is_array
+from flowstream.batch import content_hash, fields, is_array, moved
 from flowstream.digest import Digest
 from flowstream.making import Recipe, Terms
 from flowstream.numerics import own_numerics
@@ -19,7 +20,7 @@ from flowstream.read_ahead import Pulled
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost, Level, Scores
 from flowstream.settings import Settings
-from flowstream.weighing import Losses
+from flowstream.weighing import Losses, flatten
 
 _NUM_NAMED = 4
 """Batches that an error names, and rows of each."""
@@ -35,12 +36,14 @@ class Scoring:
         self._batches = [item.batch for item in pulled]
         self._level: Level = settings.level
         self._stored = stored
+        shares = settings.needs_loss and recipe.meetings.world.has_peers
+        self._peers = recipe.meetings.peers if shares else None
         self._job = recipe.scorer.begin(
             self._batches,
             level=settings.level,
             cache=recipe.cache,
             row_keys=None if settings.cache_key is None else [_row_keys(item, settings.cache_key) for item in pulled],
-            needs_loss=settings.needs_loss and stored is None,
+            needs_loss=settings.needs_loss and stored is None and recipe.meetings.world.is_first_peer,
         )
         self._num_steps = max(self._job.num_steps, 1)
         self.seconds = time.perf_counter() - started
@@ -69,6 +72,8 @@ class Scoring:
         scores = self._job.finish()
         if self._stored is not None:
             scores = _with_stored(scores, self._stored, self._level)
+        elif self._peers is not None:
+            scores = _with_stored(scores, self._peers.agree(flatten(scores, self._level).loss), self._level)
         self.seconds += time.perf_counter() - started
         return scores, self._job.cost
 
@@ -109,6 +114,14 @@ def content_of(pulled: Sequence[Pulled], settings: Settings) -> str:
     return content_hash(pulled[0].batch, settings.cache_key) if pulled else ""
 
 
+def hash_of_samples(pulled: Sequence[Pulled], settings: Settings) -> int:
+    """A hash of all samples in their order, wherever they are; 0 for none. It tells ranks that read the same."""
+    digest = xxhash.xxh3_64()
+    for item in pulled:
+        digest.update(content_hash(moved(item.batch, torch.device("cpu")), settings.cache_key).encode())
+    return digest.intdigest() if pulled else 0
+
+
 def check_stored(losses: Losses, terms: Terms) -> None:
     """Raise `RuntimeError` where a window made again has other samples than its stored losses."""
     if terms.stored is not None and len(terms.stored) != len(losses.loss):
@@ -121,7 +134,7 @@ def digest_of(losses: Losses, recipe: Recipe, terms: Terms) -> Digest:
         return Digest()
     usable = losses.usable
     return recipe.temperature.window_digest(
-        losses.loss[usable].numpy(), terms.seed(recipe.settings), sample_index=losses.sample[usable].numpy()
+        losses.loss[usable].numpy(), terms.seed(recipe), recipe.meetings.world.world_size, losses.sample[usable].numpy()
     )
 
 

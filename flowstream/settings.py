@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from flowstream.message import MAX_STEPS, Message, OnUneven
 from flowstream.policies import Flow, Policy, describe, needs_scores
 from flowstream.recollate import Recollate
 from flowstream.samplers import Systematic, Thin
@@ -16,6 +17,7 @@ Mode = Literal["weight", "resample"]
 Attach = Literal["key", "pair"]
 Include = Literal["loss", "tau", "index", "denominator", "weight"]
 Sampler = Thin | Systematic
+Uneven = Literal["auto", "pad", "stop", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,14 @@ class Settings:
     recollate: Literal["pad"] | Recollate = "pad"
     cache_key: str | None = None
     seed: int = 0
+    on_uneven: Uneven = "auto"
     max_bad_fraction: float = 0.05
 
     def __post_init__(self) -> None:
         _choose("mode", self.mode, get_args(Mode), Thin | Systematic, "Thin() or Systematic()")
         _choose("level", self.level, get_args(Level))
         _choose("attach", self.attach, get_args(Attach))
+        _choose("on_uneven", self.on_uneven, get_args(Uneven))
         _choose("recollate", self.recollate, ("pad",), Callable, "a function from a list of samples to a batch")
         if isinstance(self.include, str):
             raise ValueError(f"include is {self.include!r}: give a tuple, ({self.include!r},)")
@@ -69,6 +73,10 @@ class Settings:
             self._check_resampling()
 
     def _check_resampling(self) -> None:
+        if self.on_uneven == "pad":
+            raise ValueError(
+                'on_uneven="pad" pads with batches of weight 0, but resampled batches carry no weight: use "stop"'
+            )
         if self.level == "token":
             raise ValueError("resampling takes whole samples, not tokens: use level='sample', or mode='weight'")
         if isinstance(self.sampler, Thin) and isinstance(self.temperature, WindowMedian):
@@ -87,6 +95,13 @@ class Settings:
         if isinstance(self.mode, str):
             return Thin() if self.mode == "resample" else None
         return self.mode
+
+    @property
+    def when_uneven(self) -> OnUneven:
+        """What `on_uneven="auto"` stands for."""
+        if self.on_uneven == "auto":
+            return "pad" if self.sampler is None else "stop"
+        return self.on_uneven
 
     @property
     def needs_loss(self) -> bool:
@@ -123,6 +138,18 @@ def window_size(settings: Settings, num_samples: int, num_bytes: int) -> int:
     if affordable >= wanted:
         return _round_up(wanted, settings.accumulate)
     return max(affordable // settings.accumulate, 1) * settings.accumulate
+
+
+def first_size(settings: Settings, warmup_samples: int, size: int, opened: Sequence[Message]) -> int:
+    """Batches of the first window of several ranks: together they reach `warmup_samples`, as far as can be told.
+
+    From the ranks' first batches: all ranks come to the same number.
+    """
+    num, num_bytes = sum(message.num_first for message in opened), max(message.num_first_bytes for message in opened)
+    wanted = -(-warmup_samples // max(num, 1)) if settings.needs_loss else 0
+    affordable = settings.max_window_bytes // max(num_bytes, 1)
+    limit = MAX_STEPS * settings.accumulate
+    return _round_up(max(size, min(wanted, affordable, limit)), settings.accumulate)
 
 
 def _round_up(number: int, multiple: int) -> int:

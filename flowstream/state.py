@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-VERSION = 2
+VERSION = 3
 _FIELDS = ("version", "settings", "reference", "scorer", "epoch", "position", "running", "loader", "num_emitted")
 
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch.distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flowstream import state as states
+from flowstream.distributed import World
 from flowstream.epoch import Epoch, EpochEnd
+from flowstream.meeting import Meetings
 from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead
@@ -23,7 +26,7 @@ from flowstream.scoring.base import Level, Scorer
 from flowstream.scoring.cache import LossCache
 from flowstream.scoring.disk_cache import DiskCache
 from flowstream.scoring.memory_cache import MemoryCache
-from flowstream.settings import Attach, Include, Mode, Sampler, Settings
+from flowstream.settings import Attach, Include, Mode, Sampler, Settings, Uneven
 from flowstream.sources import source_of
 from flowstream.temperature import RunningMedian, Temperature
 
@@ -72,11 +75,20 @@ class FlowStream(IterableDataset[Any]):
         cache_key: a field of the batch with an entry a row that names the sample for the cache, in place of its content
             (augmented images: "__key__"). Names must then be unique over all data that share a path.
         seed: of the draws in resample mode, and of `Permuted`.
+        on_uneven: what happens when a rank has no more batches and others have. "pad": it delivers batches of weight 0,
+            whose labels are ignored, until the others are through; "stop": the epoch ends on all ranks; "raise".
+            "auto" is "pad" in weight mode and "stop" in resample mode, where "pad" is refused.
+        process_group: the data-parallel ranks, which share τ and keep in step: a group, or the `DeviceMesh` of the
+            data-parallel dimensions of a larger mesh (then tensor- and pipeline-parallel peers, which read the same
+            batches, get the same weights); by default all ranks. Every rank builds its streams in the same order.
+        timeout: seconds that a rank waits for the others at a window's boundary before it is an error.
         max_bad_fraction: of a window's losses, how many may be NaN or infinite before it is an error.
         progress: show one line in the terminal, and a bar while the first window is scored.
 
     Raises:
-        ValueError: arguments that cannot be, at once; bad batches and losses, from `next()`.
+        ValueError: arguments that cannot be, at once; bad batches and losses, from `next()`; ranks that are configured
+            differently, at the first `next()`.
+        RankError: from `next()`, a rank that has died, stalled, failed, or never came.
     """
 
     def __init__(
@@ -98,6 +110,9 @@ class FlowStream(IterableDataset[Any]):
         cache: Literal["memory"] | str | os.PathLike[str] | None = "memory",
         cache_key: str | None = None,
         seed: int = 0,
+        on_uneven: Uneven = "auto",
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        timeout: float = 1800.0,
         max_bad_fraction: float = 0.05,
         progress: bool = False,
     ) -> None:
@@ -115,6 +130,7 @@ class FlowStream(IterableDataset[Any]):
             recollate=recollate,
             cache_key=cache_key,
             seed=seed,
+            on_uneven=on_uneven,
             max_bad_fraction=max_bad_fraction,
         )
         if not isinstance(loader, Iterable):
@@ -140,9 +156,8 @@ class FlowStream(IterableDataset[Any]):
         self._closed = False
         self._has_told = False
         self._reference: str | None = None
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            _logger.warning("flowstream does not yet share τ over ranks: each has its own, from its own losses")
+        self._meetings = Meetings(World.of(process_group), self._settings, timeout=timeout)
+        self._length = self._agreed_length()
 
     # -- iteration ---------------------------------------------------------------------------------
 
@@ -160,12 +175,35 @@ class FlowStream(IterableDataset[Any]):
         return FlowIterator(self)
 
     def __len__(self) -> int:
-        """Batches an epoch, in weight mode over a sized loader; `TypeError` elsewhere."""
+        """Batches an epoch, in weight mode over a sized loader; `TypeError` elsewhere.
+
+        On several ranks what all have: agreed upon when the stream was built.
+        """
         if self._settings.sampler is not None:
             raise TypeError("resampling decides while streaming how many batches an epoch has: count steps (max_steps)")
+        if self._length is None:
+            return self._own_length()
+        if self._length < 0:
+            raise TypeError("the loader has no length on every rank, so the stream has none")
+        return self._length
+
+    def _own_length(self) -> int:
         if not isinstance(self._loader, Sized):
             raise TypeError(f"the loader ({type(self._loader).__name__}) has no length, so the stream has none")
         return len(self._loader)
+
+    def _agreed_length(self) -> int | None:
+        """Batches an epoch on every rank, -1 where that is unknown; `None` for a single rank, which asks its loader."""
+        if not self._meetings.are_several:
+            return None
+        try:
+            own = self._own_length() if self._settings.sampler is None else -1
+        except TypeError:
+            own = -1
+        lengths = self._meetings.lengths(own)
+        if min(lengths) < 0:
+            return -1
+        return min(lengths) if self._settings.when_uneven == "stop" else max(lengths)
 
     def __bool__(self) -> bool:
         return True  # else `if stream:` would ask for its length
@@ -205,6 +243,7 @@ class FlowStream(IterableDataset[Any]):
             self._loaded = self._state()
         self._end_active()
         self._reader.close()
+        self._meetings.close()
         self._owner = None  # it refers to the stream, and so to the loader, whose workers shall end
         if self._cache is not None:
             self._cache.close()
@@ -225,6 +264,7 @@ class FlowStream(IterableDataset[Any]):
         self._owner = iterator
         if self._closed:
             raise RuntimeError("the stream is closed: build a new one")
+        self._meetings.shake_hands(self._configuration)
         active, position = self._active, None
         if active is not None and self._is_one_pass and not active.finished:
             return active  # a loader that is an iterator has no other epoch
@@ -252,11 +292,23 @@ class FlowStream(IterableDataset[Any]):
             self._running,
             self._reader,
             self._epoch,
+            self._meetings,
             self._progress,
             position,
         )
         self._active, self._loaded = begun, None
         return begun
+
+    def _configuration(self) -> dict[str, str]:
+        """What all ranks must have alike."""
+        settings = self._settings
+        return {
+            **settings.described(),
+            "on_uneven": settings.on_uneven,
+            "include": repr(settings.include),
+            "scorer": type(self._scorer).__name__,
+            "reference": self._fingerprint(),
+        }
 
     def _end_active(self) -> None:
         active, self._active = self._active, None
@@ -280,7 +332,8 @@ class FlowStream(IterableDataset[Any]):
         no label; `flow/cache_hit_rate`; `flow/score_seconds`: spent in scoring; `flow/wait_seconds`: `next()` waited
         for the loader and at windows' boundaries; `flow/padding_fraction`: of the tokens that the reference read;
         `flow/padded_batches`: delivered with weight 0 to keep ranks in step; `flow/window_seconds`: between the last
-        two boundaries.
+        two boundaries. τ, weights, and counts of samples and of padded batches are over all ranks;
+        `flow/samples_emitted`, the cache, times and tokens this rank's.
         """
         return self._running.metrics()
 

@@ -36,6 +36,10 @@ class Losses:
     num_empty: int
     """Samples without a label."""
 
+    def first(self, num: int, num_batches: int) -> Losses:
+        """The first `num` losses, which are those of the first `num_batches` batches."""
+        return Losses(self.loss[:num], self.count[:num], self.sample[:num], self.sizes[:num_batches], self.num_empty)
+
     @property
     def labelled(self) -> Tensor:
         """[N] bool."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowstream.batch import num_bytes, num_samples
-from flowstream.delivery import Delivery, group_denominators
+from flowstream.delivery import Delivery, denominator_of, in_order, step_counts
 from flowstream.digest import Digest
 from flowstream.making import Recipe, Terms
+from flowstream.message import Agreed, Message
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.read_ahead import Pulled, ReadAhead
@@ -23,6 +26,7 @@ from flowstream.scored import (
     check_stored,
     content_of,
     digest_of,
+    hash_of_samples,
 )
 from flowstream.scoring.base import Cost, Scores
 from flowstream.weighing import Losses, flatten, num_labelled, num_rows, place, sum_up, weigh
@@ -40,6 +44,7 @@ class WeightedWindow:
         self.score_seconds = 0.0
         self.num_seen = 0
         self.num_kept = 0
+        self.num_left = 0
         self.num_taken = 0
         self.content = ""
         self.next_index = terms.first_index
@@ -47,7 +52,7 @@ class WeightedWindow:
         self.shape = terms.shape
         self.carry = terms.carry
         self.capped = False
-        self.held_back = False
+        self.ended = False
         self._recipe = recipe
         self._reader = reader
         self._pulled: list[Pulled] = []
@@ -56,11 +61,15 @@ class WeightedWindow:
         self._scoring: Scoring | None = None
         self._began_at = 0.0
         self._losses = flatten([], recipe.settings.level)
+        self._weight = torch.empty(0)
+        self._scores: list[Scores] | None = None
+        self._tau: float | list[float] = self.tau
+        self._agreed = Agreed()
         self._deliveries: list[Delivery | None] | None = None
         self._num_samples_at: list[int] = []
 
     def advance(self, share: float) -> None:
-        if self._deliveries is not None:
+        if self._scores is not None:
             return
         if self._scoring is None:
             while not self._is_full and self._reader.num_queued:
@@ -74,12 +83,12 @@ class WeightedWindow:
         while self._scoring.num_steps and self._scoring.done < wanted:
             self._scoring.step()
 
-    def settle(self) -> None:
+    def look(self) -> None:
         if not self.num_taken and self._scoring is None:
             self._take()
 
     def finish(self) -> None:
-        if self._deliveries is not None:
+        if self._scores is not None:
             return
         while self._scoring is None and not self._is_full and self._take():
             pass
@@ -91,9 +100,47 @@ class WeightedWindow:
             self._weigh(scores)
         self._scoring = None  # it holds the batches
 
+    @own_numerics()
+    def report(self) -> Message:
+        assert self._scores is not None
+        settings, meetings = self._recipe.settings, self._recipe.meetings
+        self.ended = self.terms.ended or self._reader.exhausted
+        names_samples = meetings.are_several and not self.terms.first_delivery
+        return replace(
+            self.terms.place(),
+            tau=self._tau if isinstance(self._tau, float) and settings.needs_loss else math.nan,
+            num_batches=len(self._pulled),
+            ended=self.ended,
+            num_seen=self.num_seen,
+            num_kept=self.num_seen,
+            content=hash_of_samples(self._pulled, settings) if names_samples else 0,
+            sums=self.sums,
+            counts=step_counts([num_labelled(score) for score in self._scores], settings),
+            digest=self.digest,
+        )
+
+    @own_numerics()
+    def settle(self, agreed: Agreed) -> None:
+        assert self._scores is not None
+        self._agreed = agreed
+        if len(self._pulled) > agreed.num_deliveries:
+            self._leave_over(agreed)
+        if self._recipe.settings.normalize:
+            mean = agreed.sums.token_mean_weight if self.terms.mean_weight is None else self.terms.mean_weight
+            self._weight = self._weight / mean if mean > 0 else self._weight
+        self._deliveries = []
+        weights, losses = self._weight.split(self._losses.sizes), self._losses.loss.split(self._losses.sizes)
+        for i, (item, score) in enumerate(zip(self._pulled, self._scores, strict=True)):
+            self._deliveries.append(self._delivery(i, item, score, weights[i], losses[i]))
+            self._num_samples_at.append(len(score.loss))
+            self.next_index += num_rows(score)
+        if self._pulled and self._recipe.meetings.are_several:
+            self._recipe.filling.remember(self._pulled[-1].batch)
+        self._pulled, self._scores = [], []
+
     @property
     def gathers(self) -> bool:
-        return self._scoring is None and self._deliveries is None and not self._is_full
+        return self._scoring is None and self._scores is None and not self._is_full
 
     @property
     def num_wanted(self) -> int:
@@ -102,12 +149,8 @@ class WeightedWindow:
         return max(self._target - self.num_taken, 1)
 
     @property
-    def ended(self) -> bool:
-        return not self.num_taken and self._reader.exhausted
-
-    @property
     def barren(self) -> bool:
-        return self._deliveries == []
+        return not self.num_taken and self._reader.stopped
 
     @property
     def flat_losses(self) -> Tensor:
@@ -115,19 +158,20 @@ class WeightedWindow:
 
     @property
     def num_deliveries(self) -> int:
-        return len(self._deliveries or ())
+        return self._agreed.num_deliveries
 
+    @own_numerics()
     def deliver(self, position: int) -> Any:
         assert self._deliveries is not None
-        delivery = self._deliveries[position]
+        if position < len(self._deliveries):
+            delivery, self._deliveries[position] = self._deliveries[position], None
+        else:
+            delivery = self._recipe.filling.delivery(self._shared_extras(position))
         assert delivery is not None
-        with own_numerics():
-            batch = delivery.complete(self._recipe.settings)
-        self._deliveries[position] = None
-        return batch
+        return delivery.complete(self._recipe.settings)
 
     def num_samples_at(self, position: int) -> int:
-        return self._num_samples_at[position]
+        return self._num_samples_at[position] if position < len(self._num_samples_at) else 0
 
     @property
     def _target(self) -> int:
@@ -140,6 +184,8 @@ class WeightedWindow:
         if num < self._target or self.terms.max_batches is not None or self.terms.tau is not None:
             return num >= self._target
         settings = self._recipe.settings
+        if self._recipe.first_size is not None:
+            return num >= self._recipe.first_size
         warm = self._num_samples >= self._recipe.temperature.warmup_samples or not settings.needs_loss
         return (warm or self._num_bytes >= settings.max_window_bytes) and num % settings.accumulate == 0
 
@@ -161,13 +207,21 @@ class WeightedWindow:
             self._reader.put_back(self._pulled[-left_over:])
             del self._pulled[-left_over:]
             self.num_taken -= left_over
-            self.held_back = True
+
+    def _leave_over(self, agreed: Agreed) -> None:
+        """Deliver fewer batches than were scored: a rank has no more of them."""
+        num = agreed.num_deliveries
+        assert self._scores is not None
+        if agreed.last:
+            self.num_left = sum(len(score.loss) for score in self._scores[num:])
+        else:  # its loader raised; the epoch may go on
+            self._reader.put_back(self._pulled[num:])
+        num_losses = sum(self._losses.sizes[:num])
+        self._losses = self._losses.first(num_losses, num)
+        self._weight = self._weight[:num_losses]
+        self._pulled, self._scores, self.num_taken = self._pulled[:num], self._scores[:num], num
 
     def _weigh(self, scores: list[Scores]) -> None:
-        if not self._pulled:
-            self.tau = float("nan") if self.terms.tau is None else self.terms.tau
-            self._deliveries = []
-            return
         recipe, settings, terms = self._recipe, self._recipe.settings, self.terms
         losses = flatten(scores, settings.level)
         check_stored(losses, terms)
@@ -175,38 +229,40 @@ class WeightedWindow:
         check_bad(losses, self._pulled, scores, recipe, terms)
         self.digest = digest_of(losses, recipe, terms)
         tau = self._temperature_of(losses)
-        self.tau = tau if isinstance(tau, float) else statistics.median(tau or [float("nan")])
-        weight = weigh(losses, tau, settings.policy, terms.seed(settings))
-        self.sums = sum_up(losses, weight)
+        self._tau = tau
+        self.tau = tau if isinstance(tau, float) else statistics.median(tau or [math.nan])
+        self._weight = weigh(losses, tau, settings.policy, terms.seed(recipe))
+        self.sums = sum_up(losses, self._weight)
         self._losses = losses
         self.content = content_of(self._pulled, settings)
-        if settings.normalize:
-            mean = self.sums.token_mean_weight if terms.mean_weight is None else terms.mean_weight
-            weight = weight / mean if mean > 0 else weight
-        denominators = group_denominators([num_labelled(score) for score in scores], settings)
-        weights, flat_losses = weight.split(losses.sizes), losses.loss.split(losses.sizes)
-        self._deliveries = []
-        for i, (item, score) in enumerate(zip(self._pulled, scores, strict=True)):
-            rows = num_rows(score)
-            extras: dict[str, Tensor] = {}
-            for name in settings.include:
-                if name == "loss":
-                    extras["flow_loss"] = place(flat_losses[i], score, settings.level)
-                elif name == "tau":
-                    extras["flow_tau"] = torch.tensor(tau if isinstance(tau, float) else tau[i])
-                elif name == "index":
-                    extras["flow_index"] = torch.arange(self.next_index, self.next_index + rows)
-                elif name == "denominator":
-                    extras["flow_denominator"] = denominators[i]
-            self._deliveries.append(Delivery(item.batch, place(weights[i], score, settings.level), extras))
-            self._num_samples_at.append(len(score.loss))
-            self.next_index += rows
-            self.num_seen += len(score.loss)
-            self.num_kept += len(score.loss)
-        self._pulled = []
+        self.num_seen = self.num_kept = sum(len(score.loss) for score in scores)
+        self._scores = scores
 
     def _temperature_of(self, losses: Losses) -> float | list[float]:
-        temperature = self._recipe.temperature
-        if temperature.scope == "batch" and self._recipe.settings.needs_loss:
-            return batch_temperatures(losses, temperature)
-        return temperature.tau(self.digest) if self.terms.tau is None else self.terms.tau
+        recipe = self._recipe
+        if recipe.temperature.scope == "batch" and recipe.settings.needs_loss:
+            return batch_temperatures(losses, recipe.temperature)
+        if self.terms.tau is not None:
+            return self.terms.tau
+        digest = recipe.meetings.merged(self.terms.place(), self.digest) if recipe.settings.needs_loss else self.digest
+        return recipe.temperature.tau(digest) if self._pulled or digest.num_values else math.nan
+
+    def _delivery(self, position: int, item: Pulled, score: Scores, weight: Tensor, loss: Tensor) -> Delivery:
+        settings = self._recipe.settings
+        extras = self._shared_extras(position)
+        if "loss" in settings.include:
+            extras["flow_loss"] = place(loss, score, settings.level)
+        if "index" in settings.include:
+            extras["flow_index"] = torch.arange(self.next_index, self.next_index + num_rows(score))
+        return Delivery(item.batch, place(weight, score, settings.level), in_order(extras, settings))
+
+    def _shared_extras(self, position: int) -> dict[str, Tensor]:
+        """What a batch is given beside its weight that does not depend on its samples."""
+        settings, tau = self._recipe.settings, self._tau
+        extras = {}
+        if "tau" in settings.include:
+            of_batch = tau if isinstance(tau, float) else tau[position] if position < len(tau) else math.nan
+            extras["flow_tau"] = torch.tensor(of_batch)
+        if "denominator" in settings.include:
+            extras["flow_denominator"] = denominator_of(position, self._agreed, settings)
+        return extras

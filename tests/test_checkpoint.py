@@ -233,16 +233,19 @@ import logging; logging.disable(logging.WARNING)
 import flowstream as fs, test_checkpoint as tests
 rank, folder = int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-stream = tests.at_batch(3 + 4 * rank, rank)
+stream = tests.at_batch(5, rank)
+losses = stream.state_dict()["position"][0]["losses"]
 dcp.save({f"stream {rank}": stream, "model": {"w": torch.ones(3)}}, checkpoint_id=folder + "/dcp")
 resumed, model = tests.stream_of(rank), {"w": torch.zeros(3)}
 dcp.load({f"stream {rank}": resumed, "model": model}, checkpoint_id=folder + "/dcp")
-assert tests.next_ids(resumed)[0] == 16 * (3 + 4 * rank) and model["w"].sum() == 3
+assert resumed.state_dict()["position"][0]["losses"].equal(losses)  # each rank has its own
+assert tests.next_ids(resumed)[0] == 16 * 5 and model["w"].sum() == 3
 fs.save_state(stream, folder + "/own", step=3)
 dist.barrier()
 resumed = tests.stream_of(rank)
 assert fs.load_state(resumed, folder + "/own") == 3
-assert tests.next_ids(resumed)[0] == 16 * (3 + 4 * rank)
+assert resumed.state_dict()["position"][0]["losses"].equal(losses)
+assert tests.next_ids(resumed)[0] == 16 * 5
 dist.destroy_process_group()
 """
 

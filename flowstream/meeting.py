@@ -1,0 +1,174 @@
+"""The meetings of a stream's ranks: called at fixed places, one at a time, and checked before they are believed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flowstream.agreement import Agreement, Peers, RankError
+from flowstream.digest import Digest
+from flowstream.distributed import World
+from flowstream.message import MAX_STEPS, Message, Phase, failed
+from flowstream.settings import Settings
+
+_HEADER = ("generation", "epoch", "window", "position", "phase", "configuration")
+
+
+class Meetings:
+    """Owns the order in which the ranks of a stream meet. With a single rank every meeting is its own message.
+
+    A rank that fails before it is to meet says so at that meeting: it raises its own error, all others `RankError`.
+    """
+
+    def __init__(self, world: World, settings: Settings, *, timeout: float) -> None:
+        self.world = world
+        self.seconds = 0.0
+        """Time spent waiting for the others."""
+        self.generation = 0
+        self._max_steps = MAX_STEPS if "denominator" in settings.include else 0
+        self._agreement = Agreement(world, timeout=timeout, num_bytes=Message.num_bytes(self._max_steps))
+        self._peers = Peers(world, timeout=timeout)
+        self._configuration = 0
+        self._has_met = False
+        self._called: Message | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def are_several(self) -> bool:
+        return self.world.world_size > 1
+
+    @property
+    def peers(self) -> Peers:
+        return self._peers
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps that a window may have; `None` for any number."""
+        return self._max_steps or None if self.are_several else None
+
+    def shake_hands(self, configuration: Callable[[], Mapping[str, str]]) -> None:
+        """Once, before anything is pulled: see `Agreement.shake_hands`."""
+        if self._has_met or not self.are_several:
+            return
+        described = dict(configuration())
+        self._agreement.shake_hands(described)
+        hashed = hashlib.blake2b(repr(sorted(described.items())).encode(), digest_size=8).digest()
+        self._configuration = int.from_bytes(hashed, "little")
+        self._has_met = True
+
+    def begin(self) -> None:
+        """An iterator starts, or starts anew after an interrupt."""
+        self.generation += 1
+        self._called = self._failure = None
+
+    def note(self, place: str) -> None:
+        """Leave word where this rank is."""
+        if self.are_several:
+            self._agreement.note(place)
+
+    # -- a meeting ---------------------------------------------------------------------------------
+
+    def call(self, place: Message, build: Callable[[], Message]) -> None:
+        """Start a meeting with what `build` gives, or with the news that it failed.
+
+        `place`: phase, epoch, window and position of the meeting, which all ranks must have alike.
+        """
+        place = replace(place, generation=self.generation, configuration=self._configuration)
+        self._failure = None
+        try:
+            message = build()
+            named = {name: getattr(place, name) for name in _HEADER}
+            self._called = replace(message, **named)
+        except RankError:
+            raise
+        except Exception as error:
+            if not self.are_several:
+                raise
+            self._failure = error
+            self._called = failed(place, error)
+        if self.are_several:
+            self._agreement.start(self._called.to_bytes(self._max_steps), _told(self._called))
+
+    @property
+    def is_called(self) -> bool:
+        """Whether a meeting was started and its outcome is still to be asked for."""
+        return self._called is not None
+
+    def outcome(self) -> list[Message]:
+        """The messages of all ranks, in rank order. Waits for them.
+
+        Raises:
+            RankError: a rank has died, stalled, failed, or is elsewhere; `build`'s own error on the rank that failed.
+        """
+        assert self._called is not None
+        own, self._called = self._called, None
+        if not self.are_several:
+            return [own]
+        started = time.perf_counter()
+        raw = self._agreement.wait()
+        self.seconds += time.perf_counter() - started
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise error
+        messages = [Message.from_bytes(message, self._max_steps) for message in raw]
+        self._check(own, messages)
+        return messages
+
+    def meet(self, place: Message, build: Callable[[], Message]) -> list[Message]:
+        """`call`, and wait for the outcome."""
+        self.call(place, build)
+        return self.outcome()
+
+    def merged(self, place: Message, digest: Digest) -> Digest:
+        """The digest over all ranks, for a window whose own losses give its τ."""
+        if not self.are_several:
+            return digest
+        place = replace(place, phase=Phase.LOSSES)
+        return Digest.merged([message.digest for message in self.meet(place, lambda: replace(place, digest=digest))])
+
+    def _check(self, own: Message, messages: list[Message]) -> None:
+        told = [rank for rank, message in enumerate(messages) if message.phase is Phase.FAILURE]
+        if told:
+            failures = "; ".join(f"rank {rank} failed with {messages[rank].failure}" for rank in told[:4])
+            raise RankError(f"{failures}; so this rank cannot go on ({_told(own)})", tuple(told))
+        for name in _HEADER:
+            values = [getattr(message, name) for message in messages]
+            others = tuple(rank for rank, value in enumerate(values) if value != getattr(own, name))
+            if others:
+                raise RankError(
+                    f"rank {self.world.rank} meets the others at {_told(own)}, but rank {others[0]} at "
+                    f"{_told(messages[others[0]])}: every rank must take the same number of batches, break out of a "
+                    "loop at the same batch, begin its iterators together, and resume from the same step",
+                    others,
+                )
+        different = tuple(rank for rank, message in enumerate(messages) if repr(message.tau) != repr(own.tau))
+        if different:
+            raise RankError(
+                f"τ is {own.tau!r} on rank {self.world.rank} and {messages[different[0]].tau!r} on rank {different[0]} "
+                f"at {_told(own)}: ranks load states of the same step, with the same versions of numpy and flowstream",
+                different,
+            )
+
+    # -- once --------------------------------------------------------------------------------------
+
+    def lengths(self, own: int) -> list[int]:
+        """A number of every rank's."""
+        return self._agreement.gather(own)
+
+    def from_rank(self, source: int, value: Any) -> Any:
+        """What the rank `source` has as `value`."""
+        return self._agreement.broadcast(value, source)
+
+    def close(self) -> None:
+        self._agreement.close()
+        self._peers.close()
+
+
+def _told(message: Message) -> str:
+    place = f"window {message.window} of epoch {message.epoch}"
+    if message.position:
+        place += f", batch {message.position}"
+    return f"{place} ({message.phase.name.lower()}, iterator {message.generation})"

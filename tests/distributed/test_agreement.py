@@ -1,0 +1,386 @@
+"""The ranks' meeting in real processes: what is said arrives everywhere, and who does not come is named everywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawned import Outcome, run_ranks
+from torch.distributed import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+
+from flowstream.agreement import Agreement, Peers, RankError
+from flowstream.distributed import World
+
+NUM_BYTES = 100
+SAME = {"seed": "0", "mode": "weight"}
+
+
+def agreement_of(world: World | None = None, *, timeout: float = 30.0, num_bytes: int = NUM_BYTES) -> Agreement:
+    return Agreement(world or World.of(), timeout=timeout, num_bytes=num_bytes)
+
+
+def message(rank: int, number: int) -> bytes:
+    return bytes([rank, number]) * (NUM_BYTES // 2)
+
+
+def results(outcomes: list[Outcome]) -> list[Any]:
+    assert [str(outcome.error) for outcome in outcomes if outcome.error] == []
+    return [outcome.result for outcome in outcomes]
+
+
+def errors(outcomes: list[Outcome], kind: str, but: tuple[int, ...] = ()) -> list[str]:
+    found = {rank: outcome for rank, outcome in enumerate(outcomes) if rank not in but}
+    assert all(outcome.error is not None and outcome.error.type == kind for outcome in found.values()), found
+    return [outcome.error.text for outcome in found.values() if outcome.error]
+
+
+# Alone.
+
+
+def test_a_world_of_one_agrees_with_itself():
+    agreement = Agreement(World(), timeout=1.0, num_bytes=3)
+    agreement.shake_hands(SAME)
+    agreement.note("batch 0")
+    assert not agreement.started
+    agreement.start(b"abc", "window 0")
+    assert agreement.started
+    assert agreement.wait() == [b"abc"]
+    assert not agreement.started
+    assert agreement.gather(3) == [3]
+    assert agreement.broadcast({"a": 1}, 0) == {"a": 1}
+    losses = torch.rand(4)
+    peers = Peers(World(), timeout=1.0)
+    assert peers.agree(losses) is losses
+    peers.close()
+    agreement.close()
+
+
+def test_what_cannot_be_sent_is_refused():
+    agreement = Agreement(World(), timeout=1.0, num_bytes=3)
+    with pytest.raises(ValueError, match="4 bytes was given to an agreement on 3"):
+        agreement.start(b"abcd", "window 0")
+    with pytest.raises(RuntimeError, match="no meeting was started"):
+        agreement.wait()
+
+
+def test_a_rank_error_survives_pickling():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(RankError("rank 2 has died", [2])))
+    assert (str(error), error.ranks) == ("rank 2 has died", (2,))
+
+
+# Together.
+
+
+def meet_often() -> dict[str, Any]:
+    world = World.of()
+    agreement, other = agreement_of(), Agreement(world, timeout=30.0, num_bytes=1)
+    found: dict[str, Any] = {"numbers": agreement.gather(world.rank * 10)}
+    agreement.shake_hands(SAME)
+    other.shake_hands({"seed": "another stream"})
+    found["messages"], found["others"] = [], []
+    for number in range(20):  # two streams, whose meetings overlap
+        agreement.note(f"batch {number}")
+        agreement.start(message(world.rank, number), f"window {number}")
+        other.start(bytes([100 + world.rank]), f"window {number}")
+        found["messages"].append(agreement.wait())
+        found["others"].append(other.wait())
+    agreement.start(message(world.rank, 98), "abandoned")
+    agreement.start(message(world.rank, 99), "begun anew")
+    found["after abandoning"] = agreement.wait()
+    found["values"] = [agreement.broadcast(["from", world.rank] if world.rank == 2 else None, 2)]
+    try:
+        agreement.broadcast(lambda: None, 1)
+    except RuntimeError as error:
+        found["unpicklable"] = str(error)
+    agreement.start(message(world.rank, 97), "given up with the stream")
+    began = time.monotonic()
+    agreement.close()
+    agreement.close()
+    dist.destroy_process_group()
+    other.close()
+    found["closing seconds"] = time.monotonic() - began
+    try:
+        agreement.start(message(0, 0), "closed")
+    except RuntimeError as error:
+        found["closed"] = str(error)
+    return found
+
+
+def test_what_every_rank_says_arrives_at_all_in_their_order():
+    for found in results(run_ranks(meet_often, 3)):
+        assert found["numbers"] == [0, 10, 20]
+        assert found["messages"] == [[message(rank, number) for rank in range(3)] for number in range(20)]
+        assert found["others"] == [[bytes([100 + rank]) for rank in range(3)]] * 20
+        assert found["after abandoning"] == [message(rank, 99) for rank in range(3)]
+        assert found["values"] == [["from", 2]]
+        assert "rank 1 has to share cannot be pickled" in found["unpicklable"]
+        assert found["closing seconds"] < 5
+        assert "is closed" in found["closed"]
+
+
+def meet_on_a_mesh() -> Any:
+    mesh = DeviceMesh("cpu", [[3, 1], [2, 0]], mesh_dim_names=("dp", "tp"))
+    world = World.of(mesh["dp"])
+    agreement = agreement_of(world)
+    agreement.shake_hands(SAME)
+    agreement.start(message(dist.get_rank(), 0), "window 0")
+    told = [said[0] for said in agreement.wait()]
+    peers = Peers(world, timeout=30.0)
+    losses = torch.arange(5.0) + 10 * dist.get_rank()
+    shared = [peers.agree(losses), peers.agree(losses.half()), peers.agree(losses[:0])]
+    try:
+        peers.agree(losses[: 2 + dist.get_rank()])
+    except RuntimeError as error:
+        mismatch = str(error)
+    peers.close()
+    agreement.close()
+    return world.ranks, told, world.peers, [part.tolist() for part in shared], [str(s.dtype) for s in shared], mismatch
+
+
+def test_a_mesh_that_is_not_sorted_keeps_its_order_and_its_peers_share_the_losses_of_the_first():
+    found = results(run_ranks(meet_on_a_mesh, 4))
+    for rank, (ranks, told, peers, shared, dtypes, mismatch) in enumerate(found):
+        assert ranks == ((3, 2) if rank in (3, 2) else (1, 0))
+        assert told == list(ranks)
+        assert peers == ((3, 1) if rank in (3, 1) else (2, 0))
+        first = [10.0 * peers[0] + i for i in range(5)]
+        assert shared == [first, first, []]
+        assert dtypes == ["torch.float32", "torch.float16", "torch.float32"]
+        nums = " of 4 bytes, ".join(str(min(2 + peer, 5)) for peer in peers)
+        assert f"different samples: {nums} of 4 bytes losses, on global ranks {list(peers)}" in mismatch
+
+
+def meet_on_a_flattened_mesh() -> Any:
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "shard", "tp"))
+    mesh["replicate", "shard"]._flatten("dp")
+    agreement = agreement_of(World.of(mesh["dp"]))
+    found = agreement.gather(dist.get_rank())
+    agreement.close()
+    return found
+
+
+def test_the_ranks_of_a_flattened_mesh_meet():
+    assert results(run_ranks(meet_on_a_flattened_mesh, 4)) == [[0, 1, 2, 3]] * 4
+
+
+def build_again_and_again(num: int) -> Any:
+    counts = []
+    for number in range(num):
+        agreement = agreement_of()
+        assert agreement.gather(number) == [number] * 2
+        agreement.close()
+        del agreement
+        counts.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))))
+    return counts
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads and sockets are counted in /proc")
+def test_a_hundred_streams_after_each_other_leave_no_threads_or_sockets():
+    for counts in results(run_ranks(build_again_and_again, 2, 100)):
+        for early, late in zip(counts[9], counts[-1], strict=True):
+            assert late <= early + 2
+
+
+# The handshake.
+
+
+def shake_hands(configurations: list[dict[str, str]]) -> None:
+    agreement = agreement_of()
+    agreement.shake_hands(configurations[dist.get_rank()])
+
+
+def test_ranks_that_are_configured_differently_all_say_so():
+    outcomes = run_ranks(shake_hands, 3, [SAME, SAME | {"seed": "7"}, SAME])
+    for text in errors(outcomes, "ValueError"):
+        assert "differ in seed: 0 on ranks 0, 2; 7 on rank 1" in text
+
+
+def test_a_field_that_a_rank_lacks_is_named():
+    for text in errors(run_ranks(shake_hands, 2, [SAME, {"seed": "0"}]), "ValueError"):
+        assert "differ in mode: weight on rank 0; missing on rank 1" in text
+
+
+def come_late(missing: int) -> None:
+    agreement = agreement_of()
+    if dist.get_rank() == missing:
+        time.sleep(5.0)
+    agreement.shake_hands(SAME, patience=1.5)
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_rank_that_does_not_come_is_named_with_the_usual_causes(missing):
+    outcomes = run_ranks(come_late, 3, missing)
+    for text in errors(outcomes, "RankError"):  # also where it comes in the end
+        assert f"rank {missing} did not come, of 3 ranks that wait 1.5 s" in text
+        assert "DataLoaderDispatcher: prepare the inner loader" in text
+    assert max(outcome.seconds for rank, outcome in enumerate(outcomes) if rank != missing) < 4.5
+
+
+# Faults.
+
+
+def lose(victim: int, how: str, timeout: float) -> None:
+    world = World.of()
+    agreement = agreement_of(timeout=timeout)
+    agreement.shake_hands(SAME)
+    for number in range(3):
+        agreement.note(f"window {number} of epoch 0, batch 5")
+        if number == 2 and world.rank == victim:
+            if how == "raising":
+                raise OSError("no such shard")
+            if how == "closing":
+                agreement.close()
+                return
+            if how == "sleeping":
+                time.sleep(timeout + 3)
+                return
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        agreement.start(message(world.rank, number), f"window {number} of epoch 0, batch 5")
+        agreement.wait()
+
+
+FATES = {
+    "killed": "has died",
+    "stopped": "was stopped",
+    "raising": "(has closed its stream|has died)",
+    "closing": "has closed its stream",
+    "sleeping": "has not called next\\(\\) since",
+}
+
+
+@pytest.mark.parametrize("host_store", ["parent", "rank0"])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [(2, "killed"), (0, "killed"), (2, "stopped"), (0, "stopped"), (1, "raising"), (2, "closing"), (1, "sleeping")],
+)
+def test_a_rank_that_is_lost_is_named_on_every_other(victim, how, host_store):
+    timeout = 4.0
+    outcomes = run_ranks(lose, 3, victim, how, timeout, host_store=host_store, expect_death=[victim])
+    for text in errors(outcomes, "RankError", but=(victim,)):
+        found = re.search(rf"waited in vain: rank {victim} {FATES[how]}", text)
+        assert found, text
+        assert ("restart all ranks" in text) or ("close together" in text), text
+        if not (victim == 0 and host_store == "rank0"):  # nobody is left to tell where it was
+            assert "window 1 of epoch 0, batch 5" in text
+    assert max(outcome.seconds for rank, outcome in enumerate(outcomes) if rank != victim) < timeout + 1
+
+
+def call_in_late() -> None:
+    agreement = agreement_of(timeout=20.0)
+    agreement.shake_hands(SAME)
+    agreement.note("window 0")
+    if dist.get_rank() == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == 2:
+        time.sleep(5.0)  # a long training step, while the others find out
+    agreement.start(message(0, 0), "window 0")
+    agreement.wait()
+
+
+def test_a_rank_that_calls_in_after_the_failure_says_the_same():
+    outcomes = run_ranks(call_in_late, 4, expect_death=[3])
+    for text in errors(outcomes, "RankError", but=(3,)):
+        assert "waited in vain: rank 3 has died" in text
+
+
+def fail_twice() -> list[tuple[str, tuple[int, ...]]]:
+    agreement = agreement_of(timeout=4.0)
+    agreement.shake_hands(SAME)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = []
+    for _ in range(2):
+        try:
+            agreement.start(message(0, 0), "window 0")
+            agreement.wait()
+        except RankError as error:
+            found.append((str(error), error.ranks))
+    agreement.close()
+    return found
+
+
+def test_after_a_failure_every_call_says_the_same():
+    first, second = run_ranks(fail_twice, 2, expect_death=[1])[0].result
+    assert first == second
+    assert first[1] == (1,)
+
+
+def evaluate_for_long() -> list[bytes]:
+    agreement = agreement_of(timeout=8.0)
+    agreement.shake_hands(SAME)
+    if dist.get_rank() == 0:
+        time.sleep(3.0)
+    agreement.start(message(dist.get_rank(), 0), "window 0")
+    return agreement.wait()
+
+
+def test_a_long_evaluation_on_one_rank_is_not_a_death():
+    assert results(run_ranks(evaluate_for_long, 2)) == [[message(0, 0), message(1, 0)]] * 2
+
+
+def leave_one_behind() -> float:
+    agreement = agreement_of()
+    agreement.shake_hands(SAME)
+    if dist.get_rank() == 1:
+        time.sleep(6.0)
+        return 0.0
+    agreement.start(message(0, 0), "window 0")
+    began = time.monotonic()
+    agreement.close()
+    return time.monotonic() - began
+
+
+def test_closing_does_not_wait_for_a_rank_that_never_comes():
+    assert results(run_ranks(leave_one_behind, 2))[0] < 5
+
+
+ENDING = """
+import datetime, os, signal, sys, time
+import torch.distributed as dist
+from flowstream.agreement import Agreement
+from flowstream.distributed import World
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, None, False, datetime.timedelta(seconds=30))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+agreement = Agreement(World.of(), timeout=600.0, num_bytes=4)
+agreement.shake_hands({})
+if rank == 1:
+    time.sleep(5.0)
+    agreement.start(b"late", "window 0 of epoch 0, batch 7")
+    agreement.wait()
+agreement.start(b"word", "window 0 of epoch 0, batch 7")
+agreement.gather(1)if rank else None
+raise OSError("no such shard")
+"""
+
+
+def test_a_process_that_ends_with_a_meeting_open_neither_hangs_nor_goes_unnamed(tmp_path: Path):
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, script, str(rank), str(store.port)], stderr=subprocess.PIPE, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=40)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert told[0].rstrip().endswith("OSError: no such shard")
+    assert re.search("RankError: .*rank 0 (has ended without closing its stream after OSError: no such shard)", told[1])
