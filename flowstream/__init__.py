@@ -7,6 +7,7 @@ those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream
 from flowstream.agreement import RankError
 from flowstream.checkpoint import load_state, save_state
 from flowstream.digest import Digest
+from flowstream.elastic import merge_states
 from flowstream.elastic_sampler import ElasticDistributedSampler
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
@@ -54,6 +55,7 @@ __all__ = [
     "Uniform",
     "WindowMedian",
     "load_state",
+    "merge_states",
     "register_source",
     "save_state",
     "split_by_rank",

@@ -198,7 +198,10 @@ def content_hash(batch: Any, key: str | None = None) -> str:
         digest.update(repr(path).encode())
         if isinstance(leaf, Tensor):
             if leaf.is_cpu and not leaf.is_sparse:
-                digest.update(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                flat = leaf.detach().contiguous().reshape(-1)
+                if flat.stride(0) != 1:  # a single value, cut from others: contiguous, but no view of bytes
+                    flat = flat.clone(memory_format=torch.contiguous_format)
+                digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
             digest.update(np.ascontiguousarray(leaf).tobytes())
         elif isinstance(leaf, list | tuple) and all(isinstance(entry, str | bytes | int | float) for entry in leaf):

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 import torch.distributed
 import xxhash
 
+from flowstream.elastic import merge_states
 from flowstream.stream import FlowStream
 
 _logger = logging.getLogger("flowstream")
 
 _NAME = re.compile(r"flowstream-(\d+)-rank-(\d+)-of-(\d+)\.pt")
 _MAGIC = b"flowstream state"
+_DAMAGED = "damaged: "
 _FOOTER_SIZE = len(_MAGIC) + 16
 """Behind what torch.save wrote, where torch.load does not look: the magic, and the XXH3-128 of all before it."""
 
@@ -76,49 +79,54 @@ def load_state(
 
     `None` if no step was saved by all ranks. Every rank reads the files of all, so that without a word between them
     all take the same step, also where one was killed before its file was there, or the file of another is damaged;
-    what is passed over is told in a warning. Where the trainer knows its step, give it.
+    what is passed over is told in a warning. Where the trainer knows its step, give it. States of another number of
+    ranks are put together (`fs.merge_states`).
 
     Raises:
         FileNotFoundError: the `step` asked for was not saved by all ranks.
-        ValueError: files of another number of ranks only; or what `FlowStream.load_state_dict` says.
+        ValueError: what `fs.merge_states` or `FlowStream.load_state_dict` says.
         RuntimeError: the `step` asked for is damaged, or all are: never a silent restart.
     """
     rank, world_size = _place(rank, world_size)
     folder = Path(directory)
     found = _saved(folder)
-    steps = {at: ranks for (at, size), ranks in found.items() if size == world_size}
-    if found and not steps:
-        sizes = sorted({size for _, size in found})
-        raise ValueError(
-            f"the states in {folder} are of {' and '.join(map(str, sizes))} ranks, this run has {world_size}: resume "
-            "with as many ranks as the states were saved by"
-        )
+    steps = sorted({at for at, _ in found}, reverse=True)
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{folder} has no state of step {step}, only of {sorted(steps) or 'none'}")
     any_damaged = False
-    for at in sorted(steps, reverse=True) if step is None else [step]:
-        missing = sorted(set(range(world_size)) - steps[at])
-        if missing:
-            why = f"rank {missing[0]} of {world_size} did not save it"
-            if step is not None:
-                raise FileNotFoundError(f"the state of step {at} in {folder} is incomplete: {why}")
-            _logger.warning("the state of step %d in %s is passed over: %s", at, folder, why)
-            continue
-        states = [_read(folder / _name(at, other, world_size), at, other) for other in range(world_size)]
-        damaged = [state for state in states if isinstance(state, str)]
-        if damaged:
-            if step is not None:
-                raise RuntimeError(f"the state of step {at} cannot be loaded: {damaged[0]}")
-            _logger.warning("the state of step %d in %s is passed over: %s", at, folder, damaged[0])
-            any_damaged = True
-            continue
-        stream.load_state_dict(states[rank], strict)  # type: ignore[arg-type]
-        return at
+    for at in steps if step is None else [step]:
+        states = _whole(folder, at, {size: ranks for (other, size), ranks in found.items() if other == at}, world_size)
+        if not isinstance(states, str):
+            own = states[rank] if len(states) == world_size else merge_states(states, strict=strict)
+            stream.load_state_dict(own, strict)
+            return at
+        is_damaged = states.startswith(_DAMAGED)
+        if step is not None:
+            kind = RuntimeError if is_damaged else FileNotFoundError
+            raise kind(f"the state of step {at} in {folder} cannot be loaded: {states}")
+        _logger.warning("the state of step %d in %s is passed over: %s", at, folder, states)
+        any_damaged |= is_damaged
     if any_damaged:
         raise RuntimeError(
             f"no step in {folder} is whole, and some are damaged (see the warnings): to begin anew, remove the folder"
         )
     return None
+
+
+def _whole(folder: Path, step: int, ranks_of: Mapping[int, set[int]], world_size: int) -> list[dict[str, Any]] | str:
+    """The states of all ranks at a step, of this run's number of ranks if there are; or why there are none."""
+    why = ""
+    for size in sorted(ranks_of, key=lambda size: (size != world_size, -size)):
+        missing = sorted(set(range(size)) - ranks_of[size])
+        if missing:
+            why = why or f"rank {missing[0]} of {size} did not save it"
+            continue
+        states = [_read(folder / _name(step, rank, size), step, rank) for rank in range(size)]
+        damaged = [state for state in states if isinstance(state, str)]
+        if not damaged:
+            return [state for state in states if not isinstance(state, str)]
+        why = f"{_DAMAGED}{damaged[0]}"
+    return why
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -168,11 +176,14 @@ def _prune(folder: Path, step: int, rank: int, world_size: int, keep_last: int) 
 
     As long as another rank lacks a step, the ones before it are needed: it might be killed before it has it.
     """
-    saved = {at: ranks for (at, size), ranks in _saved(folder).items() if size == world_size}
-    complete = sorted(at for at, ranks in saved.items() if at <= step and len(ranks) == world_size)
-    for at, ranks in saved.items():
-        if rank in ranks and (at > step or (len(complete) >= keep_last and at < complete[-keep_last])):
-            (folder / _name(at, rank, world_size)).unlink(missing_ok=True)
+    found = _saved(folder)
+    complete = sorted(at for (at, size), ranks in found.items() if at <= step and len(ranks) == world_size == size)
+    oldest = complete[-keep_last] if len(complete) >= keep_last else -1
+    for (at, size), ranks in found.items():
+        # Another number of ranks may have left more files than this run has ranks: each removes its share.
+        for other in ranks if at > step or at < oldest else ():
+            if other % world_size == rank:
+                (folder / _name(at, other, size)).unlink(missing_ok=True)
     for left_over in folder.glob(f".flowstream-*-rank-{rank:05d}-of-{world_size:05d}.pt.tmp"):
         left_over.unlink(missing_ok=True)
 

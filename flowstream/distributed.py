@@ -91,6 +91,10 @@ class World:
         """What each rank contributes, at least, for all to reach `num` together."""
         return -(-num // self.world_size)
 
+    def part_of(self, num: int) -> int:
+        """This rank's part of a count: over all ranks they add up to it."""
+        return len(range(num)[self.rank :: self.world_size])
+
     def shard(self, items: Iterable[_T]) -> Iterator[_T]:
         """Every `world_size`-th of `items`, from the `rank`-th on: over all ranks each of them once."""
         return itertools.islice(items, self.rank, None, self.world_size)

@@ -62,6 +62,8 @@ class Epoch:
         meetings: Meetings,
         progress: Progress | None = None,
         state: Mapping[str, Any] | None = None,
+        *,
+        is_elastic: bool = False,
     ) -> None:
         self.number = number
         self.num_delivered = 0
@@ -73,6 +75,7 @@ class Epoch:
         self._meetings = meetings
         self._filling = Filling(scorer, settings)
         self._progress = progress
+        self._is_elastic = is_elastic
         self._resume: Mapping[str, Any] | None = state
         self._begun_with = running.state_dict()
         self._recipe: Recipe | None = None
@@ -145,7 +148,10 @@ class Epoch:
         if self._current is None:
             return None, self._begun_with
         position, running = self._anchor
-        return {**position, "delivered": self._position}, running
+        position = {**position, "delivered": self._position}
+        if self._is_elastic and isinstance(self._current, WeightedWindow):
+            position["part"] = self._current.part(self._position)
+        return position, running
 
     def rewind(self) -> None:
         """Forget what was learned of windows that delivered nothing: another epoch begins in this one's place."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowstream.digest import Digest
 from flowstream.making import Window
 from flowstream.message import Agreed
 from flowstream.metrics import WeightSums
@@ -72,6 +73,14 @@ class Running:
         if name not in self._told:
             self._told.add(name)
             _logger.warning(message)
+
+    def absorb_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what was delivered of the window in flight, on all ranks (see `WeightedWindow.part`)."""
+        num = sum(part["num_seen"] for part in parts)
+        self.temperature.update(Digest.merged([Digest.from_bytes(part["digest"]) for part in parts]), num)
+        self.sums = sum((WeightSums.from_state_dict(part["sums"]) for part in parts), self.sums)
+        self.num_seen += num
+        self.num_kept += num
 
     @property
     def mean_weight(self) -> float | None:

@@ -9,7 +9,24 @@ from typing import Any
 from torch import Tensor
 
 VERSION = 3
-_FIELDS = ("version", "settings", "reference", "scorer", "epoch", "position", "running", "loader", "num_emitted")
+ANY_WORLD_SIZE = 0
+"""In place of the number of ranks, in a state that all ranks' were put together into."""
+
+_FIELDS = (
+    "version",
+    "settings",
+    "reference",
+    "scorer",
+    "epoch",
+    "position",
+    "running",
+    "loader",
+    "num_emitted",
+    "world_size",
+    "offset",
+    "elastic",
+    "parts",
+)
 
 
 def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, Any], epoch: int) -> dict[str, Any]:
@@ -24,20 +41,41 @@ def pack(*, settings: Mapping[str, str], reference: str, scorer: Mapping[str, An
 
 
 def sealed(
-    *, position: Mapping[str, Any] | None, running: Mapping[str, Any], loader: Mapping[str, Any], num_emitted: int
+    *,
+    position: Mapping[str, Any] | None,
+    running: Mapping[str, Any],
+    loader: Mapping[str, Any],
+    num_emitted: int,
+    world_size: int,
+    offset: int,
+    elastic: Mapping[str, int] | None,
 ) -> dict[str, Any]:
     """What a state ends with: where the consumer is, what was learned before, and what past epochs left to the loader.
+
+    `offset`: samples of the epoch, over all ranks, before it was entered; `elastic`: what else tells where in an epoch
+    another number of ranks goes on, if it can.
 
     Each is in a tuple of one, which torch.distributed.checkpoint saves and loads as a whole: within a mapping it would
     ask for the same keys, and for tensors of the same sizes, as the stream has that is to be resumed.
     """
-    return {"position": (position,), "running": (running,), "loader": (loader,), "num_emitted": num_emitted}
+    return {
+        "position": (position,),
+        "running": (running,),
+        "loader": (loader,),
+        "num_emitted": num_emitted,
+        "world_size": world_size,
+        "offset": offset,
+        "elastic": elastic,
+        "parts": ([],),
+    }
 
 
-def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str, *, strict: bool) -> None:
-    """Raise `ValueError`, naming the field, for the state of another version or configuration.
+def check(
+    state: Mapping[str, Any], settings: Mapping[str, str], reference: str, world_size: int, *, strict: bool
+) -> None:
+    """Raise `ValueError`, naming the field, for the state of another version, number of ranks, or configuration.
 
-    With `strict=False` only the version counts.
+    With `strict=False` the configuration does not count.
     """
     missing = [name for name in _FIELDS if name not in state]
     if missing and "version" in state:
@@ -47,6 +85,11 @@ def check(state: Mapping[str, Any], settings: Mapping[str, str], reference: str,
         raise ValueError(
             f"the state has version {version!r}, this flowstream reads version {VERSION}: resume with the flowstream "
             "that wrote it"
+        )
+    if state["world_size"] not in (world_size, ANY_WORLD_SIZE):
+        raise ValueError(
+            f"the state is one of {state['world_size']} ranks, this run has {world_size}: put all of them together by "
+            "fs.merge_states(states), or load them by fs.load_state(stream, directory), which does so"
         )
     if not strict:
         return

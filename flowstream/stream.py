@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flowstream import state as states
-from flowstream.distributed import World
+from flowstream.elastic_sampler import reshardable
 from flowstream.epoch import Epoch, EpochEnd
 from flowstream.meeting import Meetings
 from flowstream.policies import Flow, Policy
@@ -27,6 +27,7 @@ from flowstream.scoring.cache import LossCache
 from flowstream.scoring.disk_cache import DiskCache
 from flowstream.scoring.memory_cache import MemoryCache
 from flowstream.settings import Attach, Include, Mode, Sampler, Settings, Uneven
+from flowstream.sharding import world_of
 from flowstream.sources import source_of
 from flowstream.temperature import RunningMedian, Temperature
 
@@ -156,8 +157,9 @@ class FlowStream(IterableDataset[Any]):
         self._closed = False
         self._has_told = False
         self._reference: str | None = None
-        self._meetings = Meetings(World.of(process_group), self._settings, timeout=timeout)
+        self._meetings = Meetings(world_of(process_group), self._settings, timeout=timeout)
         self._length = self._agreed_length()
+        self._elastic = reshardable(loader) if self._settings.sampler is None else None
 
     # -- iteration ---------------------------------------------------------------------------------
 
@@ -295,6 +297,7 @@ class FlowStream(IterableDataset[Any]):
             self._meetings,
             self._progress,
             position,
+            is_elastic=self._elastic is not None,
         )
         self._active, self._loaded = begun, None
         return begun
@@ -364,6 +367,9 @@ class FlowStream(IterableDataset[Any]):
             running=running,
             loader=self._reader.legacy(),
             num_emitted=self._running.num_emitted,
+            world_size=self._meetings.world.world_size,
+            offset=0 if self._elastic is None or finished else self._elastic.offset,
+            elastic=self._elastic_terms(),
         )
         return header | sealed
 
@@ -371,10 +377,12 @@ class FlowStream(IterableDataset[Any]):
         """Let the next `iter()` go on where `state` was taken.
 
         Raises:
-            ValueError: a state of another version, or, unless `strict=False`, of another configuration or reference;
-                the message names the field, and the stream stays what it was.
+            ValueError: a state of another version, or of another number of ranks (see `fs.merge_states`); or, unless
+                `strict=False`, of another configuration or reference; the message names the field, and the stream
+                stays what it was.
         """
-        states.check(state, self._settings.described(), self._fingerprint(), strict=strict)
+        world = self._meetings.world
+        states.check(state, self._settings.described(), self._fingerprint(), world.world_size, strict=strict)
         if self._is_one_pass and self._active is not None:
             raise ValueError(
                 "the loader is an iterator that has been read from: a state can be resumed only from its beginning"
@@ -382,14 +390,33 @@ class FlowStream(IterableDataset[Any]):
         loaded = states.on_cpu(state)
         running = Running(self._settings)
         running.load_state_dict(*loaded["running"], strict=strict)
-        running.num_emitted = loaded["num_emitted"]
+        is_merged = loaded["world_size"] == states.ANY_WORLD_SIZE
+        running.num_emitted = world.part_of(loaded["num_emitted"]) if is_merged else loaded["num_emitted"]
+        if loaded["parts"][0]:
+            running.absorb_parts(loaded["parts"][0])
+        if self._elastic is None and loaded["offset"]:
+            raise ValueError(
+                f"the state's epoch was entered at sample {loaded['offset']} of all ranks', which takes a DataLoader "
+                "over an ElasticDistributedSampler: build the loader as it was"
+            )
         # Nothing has changed so far: a state that is refused leaves the stream as it was.
         self._tell_caveat()
         self._scorer.load_state_dict(loaded["scorer"])
         self._end_active()
         self._running = running
         self._epoch = loaded["epoch"]
+        if self._elastic is not None:
+            self._elastic.start_at(self._epoch, loaded["offset"])
+        if is_merged:  # from here on it is a state of this many ranks
+            loaded |= {"running": (running.state_dict(),), "parts": ([],)}
+            loaded |= {"num_emitted": running.num_emitted, "world_size": world.world_size}
         self._loaded = loaded
+
+    def _elastic_terms(self) -> dict[str, int] | None:
+        """What tells, beside the position, where another number of ranks goes on; `None` where none can."""
+        if self._elastic is None or not isinstance(self._loader, DataLoader) or self._loader.batch_size is None:
+            return None
+        return {"batch_size": self._loader.batch_size, "num_samples": self._elastic.num_samples}
 
     def _tell_caveat(self) -> None:
         """Say once what of this loader a resume does not give back."""

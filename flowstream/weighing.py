@@ -36,9 +36,11 @@ class Losses:
     num_empty: int
     """Samples without a label."""
 
-    def first(self, num: int, num_batches: int) -> Losses:
-        """The first `num` losses, which are those of the first `num_batches` batches."""
-        return Losses(self.loss[:num], self.count[:num], self.sample[:num], self.sizes[:num_batches], self.num_empty)
+    def of_first(self, num_batches: int) -> Losses:
+        """Those of the first batches. Samples without a label are known at the level of samples only."""
+        num = sum(self.sizes[:num_batches])
+        count = self.count[:num]
+        return Losses(self.loss[:num], count, self.sample[:num], self.sizes[:num_batches], int((count == 0).sum()))
 
     @property
     def labelled(self) -> Tensor:

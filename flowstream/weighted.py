@@ -125,11 +125,12 @@ class WeightedWindow:
         self._agreed = agreed
         if len(self._pulled) > agreed.num_deliveries:
             self._leave_over(agreed)
+        weight = self._weight
         if self._recipe.settings.normalize:
             mean = agreed.sums.token_mean_weight if self.terms.mean_weight is None else self.terms.mean_weight
-            self._weight = self._weight / mean if mean > 0 else self._weight
+            weight = weight / mean if mean > 0 else weight
         self._deliveries = []
-        weights, losses = self._weight.split(self._losses.sizes), self._losses.loss.split(self._losses.sizes)
+        weights, losses = weight.split(self._losses.sizes), self._losses.loss.split(self._losses.sizes)
         for i, (item, score) in enumerate(zip(self._pulled, self._scores, strict=True)):
             self._deliveries.append(self._delivery(i, item, score, weights[i], losses[i]))
             self._num_samples_at.append(len(score.loss))
@@ -208,6 +209,16 @@ class WeightedWindow:
             del self._pulled[-left_over:]
             self.num_taken -= left_over
 
+    @own_numerics()
+    def part(self, num_batches: int) -> dict[str, Any]:
+        """What the first batches brought, in plain values: a state says it for those that were delivered."""
+        losses = self._losses.of_first(num_batches)
+        return {
+            "digest": digest_of(losses, self._recipe, self.terms).to_bytes(),
+            "sums": sum_up(losses, self._weight[: len(losses.loss)]).state_dict(),
+            "num_seen": sum(self._num_samples_at[:num_batches]),
+        }
+
     def _leave_over(self, agreed: Agreed) -> None:
         """Deliver fewer batches than were scored: a rank has no more of them."""
         num = agreed.num_deliveries
@@ -216,9 +227,8 @@ class WeightedWindow:
             self.num_left = sum(len(score.loss) for score in self._scores[num:])
         else:  # its loader raised; the epoch may go on
             self._reader.put_back(self._pulled[num:])
-        num_losses = sum(self._losses.sizes[:num])
-        self._losses = self._losses.first(num_losses, num)
-        self._weight = self._weight[:num_losses]
+        self._losses = self._losses.of_first(num)
+        self._weight = self._weight[: len(self._losses.loss)]
         self._pulled, self._scores, self.num_taken = self._pulled[:num], self._scores[:num], num
 
     def _weigh(self, scores: list[Scores]) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from flowstream.batch import (
     attach,
     check_rows,
+    content_hash,
     device_of,
     fields,
     has_entries,
@@ -350,3 +351,10 @@ def test_a_list_that_may_be_fields_or_entries_is_refused() -> None:
     images = [torch.zeros(3, 8, 8) for _ in range(3)]
     with pytest.raises(ValueError, match=r"batch\['image'\] is a list of 3, with 3 rows in each.*nothing tells"):
         check_rows({"labels": IDS, "image": images}, 3)
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_a_tensor_cut_with_a_stride_has_the_hash_of_its_values(num):
+    every_second = torch.arange(2.0 * num)[::2]
+    assert content_hash({"x": every_second}) == content_hash({"x": every_second.clone()})
+    assert content_hash({"x": torch.arange(8.0).split(1)[3]}) == content_hash({"x": torch.tensor([3.0])})

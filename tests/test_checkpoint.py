@@ -119,7 +119,7 @@ def test_a_damaged_state_is_passed_over_by_all_ranks_with_a_warning(damage, rank
         assert fs.load_state(resumed, tmp_path, rank=of, world_size=2) == 1
         assert "state of step 2" in caplog.text
         assert path.name in caplog.text
-        with pytest.raises(RuntimeError, match="state of step 2 cannot be loaded"):
+        with pytest.raises(RuntimeError, match="state of step 2 .* cannot be loaded"):
             fs.load_state(resumed, tmp_path, step=2, rank=of, world_size=2)
         assert next_ids(resumed)[0] == 16
 
@@ -160,7 +160,7 @@ def test_a_rank_killed_between_the_others_renames_leaves_a_step_for_all(keep_las
         assert next_ids(resumed)[0] == 32
     assert "state of step 3" in caplog.text
     assert "rank 1 of 3 did not save it" in caplog.text
-    with pytest.raises(FileNotFoundError, match="step 3 .* is incomplete: rank 1 of 3"):
+    with pytest.raises(FileNotFoundError, match="step 3 .* cannot be loaded: rank 1 of 3 did not save it"):
         fs.load_state(stream_of(), tmp_path, step=3, rank=0, world_size=3)
     for rank in (0, 1, 2):  # the run goes on, and what was left half-written goes
         fs.save_state(at_batch(3, rank), tmp_path, step=3, rank=rank, world_size=3, keep_last=keep_last)
@@ -174,10 +174,10 @@ def test_a_run_killed_before_its_first_whole_step_begins_anew(tmp_path, caplog):
     assert "rank 1 of 2 did not save it" in caplog.text
 
 
-def test_states_of_another_number_of_ranks_are_refused(tmp_path):
+def test_states_of_ranks_that_knew_nothing_of_each_other_are_not_put_together(tmp_path):
     for rank in (0, 1):
         fs.save_state(at_batch(1, rank), tmp_path, step=1, rank=rank, world_size=2)
-    with pytest.raises(ValueError, match="are of 2 ranks, this run has 1"):
+    with pytest.raises(ValueError, match="2 states .* of 1 rank.* resume with 2"):
         fs.load_state(stream_of(), tmp_path)
 
 
