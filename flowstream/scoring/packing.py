@@ -7,6 +7,7 @@ raises for whatever it does not know.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from flowstream.scoring import attention
 from flowstream.scoring.last_layer import LabelledRows
@@ -112,6 +112,7 @@ def asked(model: nn.Module, pack: Pack) -> Iterator[None]:
 @contextmanager
 def _switched(configs: Sequence[Any], name: str, pack: Pack, trimmed: nn.Module | None) -> Iterator[None]:
     """The attention of this name over this pack in the configurations, outer ones first."""
+    register()
     before = [config._attn_implementation for config in configs]
     for own in before:
         if own in (NAME, ASKING):  # to put that back would leave it there for good
@@ -242,6 +243,11 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionInterface.register(ASKING, _attend_asking)
-AttentionMaskInterface.register(ASKING, _mask_asked)
+@functools.cache
+def register() -> None:
+    """Once, when a model is first read in packs: importing transformers' modeling takes seconds."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(ASKING, _attend_asking)
+    AttentionMaskInterface.register(ASKING, _mask_asked)

@@ -43,6 +43,7 @@ def test_a_pack_knows_where_its_samples_lie() -> None:
 
 
 def test_attention_over_packs_without_a_pack_raises(llama: Any) -> None:
+    packing.register()
     llama.config._attn_implementation = packing.NAME
     with pytest.raises(Unpackable, match="LlamaAttention is no causal attention over the pack"):
         run(llama, make_pack(3, 4))
