@@ -15,7 +15,8 @@ test: .venv/test.done
 # What a test does ten times with a fixed seed, a hundred times with another each time; what it does here and there,
 # everywhere.
 soak: .venv/test.done
-	FLOWSTREAM_NUM_KILLS=100 FLOWSTREAM_EVERY_STOP=1 $(BIN)/python -m pytest tests/test_kill.py tests/sources
+	FLOWSTREAM_NUM_KILLS=100 FLOWSTREAM_NUM_RANK_KILLS=50 FLOWSTREAM_EVERY_STOP=1 \
+		$(BIN)/python -m pytest tests/test_kill.py tests/sources tests/distributed/test_killed_ranks.py
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .

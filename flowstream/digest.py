@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -11,18 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from flowstream.centroids import Centroids, Floats, between, compressed, nodes_between
+from flowstream.centroids import Centroids, Floats, between, compressed, evenly, nodes_between
+from flowstream.digest_message import MAX_VALUES, NUM_BYTES, Held, fits, packed, unpacked
 
 __all__ = ["Digest"]
 
 _BUFFER_PER_CENTROID = 8
-_HEADER = struct.Struct("<4sIIIQddd")
-_HEADER_FIELDS = [
-    *(("magic", "S4"), ("max_centroids", "<u4"), ("size", "<u4"), ("unused", "<u4")),
-    *(("num_values", "<u8"), ("sum_squares", "<f8"), ("minimum", "<f8"), ("maximum", "<f8")),
-]
-_MAGIC = b"fsd1"
-_STATE_VERSION = 1
+_ALL = 2**62
+_STATE_VERSION = 2
 
 
 class Digest:
@@ -45,9 +40,11 @@ class Digest:
     Args:
         max_centroids: at least 8. 500 of them put the median of a million values within 1e-3 of the exact one, mostly
             within 1e-4; twice as many halve the error's variance, no more, since it is the noise within a centroid.
+        focus: a quantile that will be read, in [0, 1]: a quarter of the centroids is spent within .05 of it. Of some
+            thousand values it is then two to ten times as exact, of many more alike. No message tells it.
 
     Raises:
-        ValueError: `max_centroids` below 8.
+        ValueError: `max_centroids` below 8, or `focus` outside [0, 1].
 
     Example:
         >>> digest = Digest()
@@ -56,14 +53,17 @@ class Digest:
         2.0
     """
 
-    def __init__(self, max_centroids: int = 500) -> None:
+    def __init__(self, max_centroids: int = 500, focus: float | None = None) -> None:
         if max_centroids < 8:
             raise ValueError(f"max_centroids must be at least 8, got {max_centroids!r}")
+        if focus is not None:
+            _check_share(focus)
         self.max_centroids = int(max_centroids)
+        self.focus = focus
         self._means: Floats = np.empty(0)
         self._weights: Floats = np.empty(0)
-        self._buffer_values: Floats = np.empty(_BUFFER_PER_CENTROID * self.max_centroids)
-        self._buffer_weights: Floats = np.empty_like(self._buffer_values)
+        self._buffer_values: Floats = np.empty(0)
+        self._buffer_weights: Floats = np.empty(0)
         self._num_buffered = 0
         self._num_values = 0
         self._sum_squares = 0.0
@@ -118,46 +118,13 @@ class Digest:
         result = cls(largest if max_centroids is None else max_centroids)
         parts = [Centroids(np.empty(0), np.empty(0), np.inf, -np.inf), *(digest._centroids() for digest in digests)]
         means, weights, minima, maxima = zip(*parts, strict=True)
-        centroids = compressed(np.concatenate(means), np.concatenate(weights), result.max_centroids)
+        values = np.concatenate(means)
+        order = _roughly_sorted(values)
+        centroids = compressed(values[order], np.concatenate(weights)[order], result.max_centroids)
         return result._holding(
             Centroids(*centroids, min(minima), max(maxima)),
             sum(digest._num_values for digest in digests),
             sum(digest._sum_squares for digest in digests),
-        )
-
-    @classmethod
-    def merged_bytes(cls, messages: Sequence[bytes] | NDArray[np.uint8], max_centroids: int | None = None) -> Digest:
-        """`merged` of the digests in messages of `to_bytes`, to the bit, in half the time: it makes no digest of each.
-
-        Args:
-            messages: one a rank, of one length: bytes, or the rows of a uint8 array `[R, num_bytes]`.
-            max_centroids: of the result, as in `merged`.
-
-        Raises:
-            ValueError: bytes that are no such message, or lengths that differ.
-        """
-        if not len(messages):
-            return cls.merged([], max_centroids)
-        lengths = {len(message) for message in messages}
-        capacity = (min(lengths) - _HEADER.size) // 16
-        if lengths != {cls.num_bytes(capacity)} or capacity < 0:
-            raise ValueError(
-                f"digests' messages have {cls.num_bytes(0)} bytes and 16 for every centroid, all as many; "
-                f"these {len(messages)} have {sorted(lengths)}"
-            )
-        table = np.frombuffer(b"".join(messages), dtype=[*_HEADER_FIELDS, ("body", "<f8", (2, capacity))])
-        is_digest = (table["magic"] == _MAGIC) & (table["max_centroids"] == capacity) & (table["size"] <= capacity)
-        if not is_digest.all():
-            raise ValueError(f"message {int(is_digest.argmin())} of {len(messages)} is not a digest's message")
-        held = np.arange(capacity) < table["size"][:, None]
-        means, weights = (table["body"][:, row][held].astype(np.float64, copy=False) for row in (0, 1))
-        order = _roughly_sorted(means)
-        result = cls(capacity if max_centroids is None else max_centroids)
-        centroids = compressed(means[order], weights[order], result.max_centroids)
-        return result._holding(
-            Centroids(*centroids, float(table["minimum"].min()), float(table["maximum"].max())),
-            sum(table["num_values"].tolist()),
-            sum(table["sum_squares"].tolist()),
         )
 
     def scale(self, factor: float) -> None:
@@ -292,6 +259,7 @@ class Digest:
         return {
             "version": _STATE_VERSION,
             "max_centroids": self.max_centroids,
+            "focus": self.focus,
             "means": torch.tensor(self._means),
             "weights": torch.tensor(self._weights),
             "buffer_values": torch.tensor(self._buffer_values[: self._num_buffered]),
@@ -313,7 +281,7 @@ class Digest:
             raise ValueError(
                 f"a digest's state of version {state.get('version')!r} was given, this reads {_STATE_VERSION}"
             )
-        result = cls(state["max_centroids"])
+        result = cls(state["max_centroids"], state["focus"])
         names = ("means", "weights", "buffer_values", "buffer_weights")
         means, weights, buffer_values, buffer_weights = (state[name].cpu().numpy().copy() for name in names)
         result._append(buffer_values, buffer_weights)
@@ -321,18 +289,31 @@ class Digest:
         return result._holding(centroids, state["num_values"], state["sum_squares"])
 
     @staticmethod
-    def num_bytes(max_centroids: int = 500) -> int:
-        """Length of `to_bytes`, whatever the digest holds: 8,048 bytes for 500 centroids."""
-        return _HEADER.size + 16 * max_centroids
+    def num_bytes() -> int:
+        """Length of `to_bytes`, whatever the digest holds: 8,056."""
+        return NUM_BYTES
 
-    def to_bytes(self) -> bytes:
-        """A message of fixed length, little-endian: header, means, weights. Read back, it gives the same quantiles."""
+    def to_bytes(self, max_values: int = MAX_VALUES) -> bytes:
+        """A message of fixed length, little-endian, in float32: what it holds is rounded to it, nothing else happens.
+
+        Up to 2,000 values of one weight are in it one by one, of others up to 1,000 with their weights. Of more there
+        are 2,000 means, each of an equal share of the weight. Read back, it gives the same message again.
+
+        Args:
+            max_values: at least 8. Of either, where many such messages are merged.
+
+        Raises:
+            ValueError: `max_values` below 8.
+        """
+        if max_values < 8:
+            raise ValueError(f"max_values must be at least 8, got {max_values!r}")
         centroids = self._centroids()
-        size = centroids.means.size
-        body = np.zeros((2, self.max_centroids), dtype="<f8")
-        body[0, :size], body[1, :size] = centroids.means, centroids.weights
-        sums = (self._num_values, self._sum_squares, centroids.minimum, centroids.maximum)
-        return _HEADER.pack(_MAGIC, self.max_centroids, size, 0, *sums) + body.tobytes()
+        if not fits(centroids, max_values):
+            # Of one weight, for twice as many go in then; and all ranks' median may be any quantile of this rank's.
+            means, weights, *extremes = self._compressed(_ALL)
+            means, weights = evenly(means, weights, min(max_values, MAX_VALUES, self.max_centroids))
+            centroids = Centroids(means, weights, *extremes)
+        return packed(Held(self.max_centroids, centroids, self._num_values, self._sum_squares))
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Digest:
@@ -341,14 +322,8 @@ class Digest:
         Raises:
             ValueError: bytes that are no such message.
         """
-        if len(message) < _HEADER.size or message[:4] != _MAGIC:
-            raise ValueError(f"these {len(message)} bytes are not a digest's message")
-        _, max_centroids, size, _, num_values, sum_squares, minimum, maximum = _HEADER.unpack_from(message)
-        if len(message) != cls.num_bytes(max_centroids):
-            raise ValueError(f"a digest's message has {cls.num_bytes(max_centroids)} bytes, got {len(message)}")
-        body = np.frombuffer(message, dtype="<f8", offset=_HEADER.size).reshape(2, max_centroids).astype(np.float64)
-        centroids = Centroids(body[0, :size].copy(), body[1, :size].copy(), minimum, maximum)
-        return cls(max_centroids)._holding(centroids, num_values, sum_squares)
+        held = unpacked(message)
+        return cls(held.max_centroids)._holding(held.centroids, held.num_values, held.sum_squares)
 
     def to_tdigest(self) -> Any:
         """The same centroids as a `tdigest.TDigest`; draws nothing on Python's `random`.
@@ -394,33 +369,46 @@ class Digest:
     def _append(self, values: Floats, weights: Floats) -> None:
         """Fill the buffer to its brim, compress, go on: the result depends on the sequence of values alone."""
         self._forget()
+        brim = _BUFFER_PER_CENTROID * self.max_centroids
+        self._make_room(min(self._num_buffered + values.size, brim), brim)
         start = 0
         while start < values.size:
-            stop = min(values.size, start + self._buffer_values.size - self._num_buffered)
+            stop = min(values.size, start + brim - self._num_buffered)
             free = slice(self._num_buffered, self._num_buffered + stop - start)
             self._buffer_values[free] = values[start:stop]
             self._buffer_weights[free] = weights[start:stop]
             self._num_buffered, start = free.stop, stop
-            if self._num_buffered == self._buffer_values.size:
+            if self._num_buffered == brim:
                 self.compress()
+
+    def _make_room(self, num: int, brim: int) -> None:
+        """A buffer for `num` values at least; most digests are a window's, and never fill theirs."""
+        if num > self._buffer_values.size:
+            larger: Floats = np.empty((2, min(max(num, 2 * self._buffer_values.size), brim)))
+            larger[0, : self._num_buffered] = self._buffer_values[: self._num_buffered]
+            larger[1, : self._num_buffered] = self._buffer_weights[: self._num_buffered]
+            self._buffer_values, self._buffer_weights = larger
 
     def _centroids(self) -> Centroids:
         """Centroids and buffer, compressed into one. A view for readers: it leaves both as they are."""
         if self._cached is None:
-            buffered = self._buffer_values[: self._num_buffered]
-            buffer_weights = self._buffer_weights[: self._num_buffered]
-            means, weights = self._means, self._weights
-            if buffered.size or not (weights > 0).all():
-                # Equal weights need no permutation, and a sort by value alone is three times as fast.
-                if buffered.size and (buffer_weights == buffer_weights[0]).all():
-                    buffered = np.sort(buffered)
-                means, weights = compressed(
-                    np.concatenate([means, buffered]), np.concatenate([weights, buffer_weights]), self.max_centroids
-                )
-            minimum = min(self._minimum, float(buffered.min(initial=np.inf)))
-            maximum = max(self._maximum, float(buffered.max(initial=-np.inf)))
-            self._cached = Centroids(means, weights, minimum, maximum)
+            self._cached = self._compressed(self.max_centroids)
         return self._cached
+
+    def _compressed(self, max_centroids: int) -> Centroids:
+        buffered = self._buffer_values[: self._num_buffered]
+        buffer_weights = self._buffer_weights[: self._num_buffered]
+        means, weights = self._means, self._weights
+        if buffered.size or means.size > max_centroids or not (weights > 0).all():
+            # Equal weights need no permutation, and a sort by value alone is three times as fast.
+            if buffered.size and (buffer_weights == buffer_weights[0]).all():
+                buffered = np.sort(buffered)
+            means, weights = compressed(
+                np.concatenate([means, buffered]), np.concatenate([weights, buffer_weights]), max_centroids, self.focus
+            )
+        minimum = min(self._minimum, float(buffered.min(initial=np.inf)))
+        maximum = max(self._maximum, float(buffered.max(initial=-np.inf)))
+        return Centroids(means, weights, minimum, maximum)
 
     def _nodes(self) -> tuple[Floats, Floats]:
         if self._cached_nodes is None:

@@ -35,8 +35,8 @@ def merge_states(states: Sequence[Mapping[str, Any]], *, strict: bool = True) ->
             raise ValueError(f"the states differ in {field}: {values}. Give those of all ranks of one step of one run")
     if first["world_size"] not in (len(states), ANY_WORLD_SIZE):
         raise ValueError(
-            f"{len(states)} states were given, but each is of a stream of {first['world_size']} ranks: give those of all; "
-            f"or, where streams knew of no other rank (no torch.distributed), resume with {len(states)} of them"
+            f"{len(states)} states were given, but each is of a stream of {first['world_size']} ranks: give those of "
+            f"all; or, where streams knew of no other rank (no torch.distributed), resume with {len(states)} of them"
         )
     positions = [state["position"][0] for state in states]
     parts: list[Any] = []

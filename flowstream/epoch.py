@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from flowstream.batch import content_hash, num_bytes, num_rows, num_samples
 from flowstream.filling import Filling
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
 from flowstream.meeting import Meetings
-from flowstream.message import Agreed, Message, Phase, UnevenError, agree
+from flowstream.message import Agreed, Message, Phase, agree
+from flowstream.notices import tell_same, tell_stop
 from flowstream.numerics import own_numerics
-from flowstream.padding_batches import from_portable, portable
+from flowstream.opening import dry_ranks, first_batch, is_over, supply
+from flowstream.position import described, go_to, stored_losses, too_short
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead
-from flowstream.recollate import Row
 from flowstream.resampled import ResampledWindow
 from flowstream.running import Running
 from flowstream.scoring.base import Scorer
 from flowstream.scoring.cache import LossCache
-from flowstream.settings import Settings, first_size, window_size
+from flowstream.settings import Settings, first_size
 from flowstream.weighted import WeightedWindow
-
-_logger = logging.getLogger("flowstream")
 
 _SCORED_BY = 0.75
 """The share of a window's delivery at which the scoring of the next one is enqueued."""
@@ -38,10 +33,6 @@ _CALLED_BY = 0.875
 
 _TYPICAL_WEIGHT = 0.4
 """Mean weight at τ = median on common loss laws (.37-.43), until the stream has its own."""
-
-
-_MAX_EMPTY = 32
-"""Batches without a row that are passed over, at the beginning, in search of the loader's batch size."""
 
 
 class EpochEnd(Exception):
@@ -187,101 +178,52 @@ class Epoch:
             return
         place = Message(phase=Phase.OPENING, epoch=self.number)
         opened = self._meetings.meet(place, lambda: self._look_at_first(place))
-        if not self._open(opened):
+        if is_over(opened, self._settings):
+            tell_stop(self._meetings.world, self.number, dry_ranks(opened), self._reader.num_queued_samples)
             self._end()
             raise EpochEnd
+        self._shape = Shape(max(opened[self._meetings.world.rank].num_rows, 1))
+        size = max(message.size for message in opened)
+        self._set_size(size, first_size(self._settings, self._running.temperature.warmup_samples, size, opened))
+        supply(opened, self._settings, self._meetings, self._reader, self._filling)
         self._making = self._make(0, 0, 0)
 
     def _look_at_first(self, place: Message) -> Message:
-        """What this rank's first batch is like."""
-        reader = self._reader
         if not self._started:
-            reader.start()
+            self._reader.start()
             self._started = True
-        if not reader.num_queued and not reader.pull():
-            reader.reraise(self.where)
-            return place
-        while not num_rows(reader.peek(-1)) and reader.num_queued < _MAX_EMPTY and reader.pull():
-            pass
-        first = reader.peek(-1)
-        self._shape = Shape(max(num_rows(first), 1))
-        num, size = num_samples(first), num_bytes(first)
-        return replace(
-            place, has_batch=True, size=window_size(self._settings, num, size), num_first=num, num_first_bytes=size
-        )
-
-    def _open(self, opened: Sequence[Message]) -> bool:
-        """Take over what the ranks know of their first batches. False where the epoch is over before it begins."""
-        dry = tuple(rank for rank, message in enumerate(opened) if not message.has_batch)
-        on_uneven = self._settings.when_uneven
-        if dry and on_uneven == "raise" and len(dry) < len(opened):
-            raise UnevenError(f"ranks {list(dry)} have no batch at all in epoch {self.number}, others have")
-        if len(dry) == len(opened) or (dry and on_uneven == "stop"):
-            self._tell_stop(dry, self._reader.num_queued_samples)
-            return False
-        size = max(message.size for message in opened)
-        self._set_size(size, first_size(self._settings, self._running.temperature.warmup_samples, size, opened))
-        self._supply(opened)
-        return True
-
-    def _supply(self, opened: Sequence[Message]) -> None:
-        """Give ranks without a batch one to make batches of weight 0 from: another rank's first."""
-        having = [rank for rank, message in enumerate(opened) if message.has_batch]
-        if len(having) in (0, len(opened)) or self._settings.when_uneven != "pad":
-            return
-        is_donor = having[0] == self._meetings.world.rank
-        self._filling.remember(
-            from_portable(self._meetings.from_rank(having[0], portable(self._reader.peek()) if is_donor else None))
-        )
+        return first_batch(self._reader, self._settings, place, self.where)
 
     def _go_to(self, state: Mapping[str, Any]) -> None:
         """Make the window in flight again. Until that is done the position stays to be resumed."""
+        self.rewind()
+        self._shape = Shape(**state["shape"])
         place = Message(phase=Phase.OPENING, epoch=self.number, window=state["window"], position=state["delivered"])
         carry: list[Kept] = []
 
         def reach() -> Message:
-            self.rewind()
-            self._shape = Shape(**state["shape"])
-            self._reader.resume(state["source"], state["oldest_ordinal"])
-            carry[:] = self._restore_carry(state)
-            while self._reader.num_queued < state["num_taken"]:
-                if not self._reader.pull():
-                    self._reader.reraise(self.where, at_once=True)
-                    raise self._too_short(state)
-            return replace(place, has_batch=state["num_taken"] > 0, size=state["size"])
+            carry[:], last = go_to(state, self._reader, self.where)
+            if last is not None and self._meetings.are_several:
+                self._filling.remember(last)
+            return replace(place, has_batch=last is not None or state["num_taken"] > 0)
 
         opened = self._meetings.meet(place, reach)
         self._set_size(state["size"])
-        self._supply(opened)
-        stored = state["losses"]
-        if state["num_taken"] and content_hash(self._reader.peek(), self._settings.cache_key) != state["content"]:
-            _logger.warning(
-                "the resumed loader delivers another batch %d than before (unseeded shuffling, or random augmentation "
-                "without cache_key): its losses are taken anew, and samples may be repeated or left out",
-                self._reader.next_ordinal,
-            )
-            stored = None
+        supply(opened, self._settings, self._meetings, self._reader, self._filling)
         making = self._make(
             state["window"],
             state["first_index"],
             state["first_delivery"],
             carry,
-            state["num_taken"],
-            stored,
+            max_batches=state["num_taken"],
+            stored=stored_losses(state, self._reader, self._settings.cache_key),
             capped=state["capped"],
             ended=state["ended"],
         )
         if not self._finish_window(making, state["delivered"]):
-            raise self._too_short(state)
+            raise too_short(state, self._reader)
         self.num_delivered = state["delivered"]
         self._resume = None
-
-    def _too_short(self, state: Mapping[str, Any]) -> RuntimeError:
-        ended_at = self._reader.next_ordinal + self._reader.num_queued
-        return RuntimeError(
-            f"the loader ended at batch {ended_at}, but the state resumes at batch {state['first_ordinal']} with "
-            f"{state['num_taken']}: resume with the loader that it was taken with"
-        )
 
     def _set_size(self, size: int, first: int | None = None) -> None:
         self._reader.snapshot_every = size
@@ -298,17 +240,9 @@ class Epoch:
 
     @own_numerics()
     def _make(
-        self,
-        number: int,
-        first_index: int,
-        first_delivery: int,
-        carry: Sequence[Kept] = (),
-        max_batches: int | None = None,
-        stored: torch.Tensor | None = None,
-        *,
-        capped: bool = False,
-        ended: bool = False,
+        self, number: int, first_index: int, first_delivery: int, carry: Sequence[Kept] = (), **resumed: Any
     ) -> Window:
+        """A new window. `resumed`: the terms of one that is made again from a state."""
         running = self._running
         return self._window(
             Terms(
@@ -321,10 +255,7 @@ class Epoch:
                 first_delivery=first_delivery,
                 shape=self._shape,
                 carry=carry,
-                max_batches=max_batches,
-                stored=stored,
-                capped=capped,
-                ended=ended,
+                **resumed,
             )
         )
 
@@ -367,7 +298,7 @@ class Epoch:
         agreed = agree(messages, on_uneven=settings.when_uneven, accumulate=settings.accumulate)
         if not window.terms.first_delivery and not self._has_compared:
             self._has_compared = True
-            self._tell_same(messages)
+            tell_same(self._meetings.world, messages)
         return agreed
 
     def _finish_window(self, window: Window, position: int = 0) -> bool:
@@ -386,7 +317,8 @@ class Epoch:
         running.wait_seconds += now - started
         running.window_seconds, self._entered_at = now - self._entered_at, now
         if window.num_deliveries:
-            anchor = self._describe(window), running.state_dict()
+            assert self._recipe is not None
+            anchor = described(window, self._recipe, reader, self._shape), running.state_dict()
             # In one statement: a state taken after Ctrl-C must not meet the one without the other.
             self._current, self._anchor, self._position, self._first_position = window, anchor, position, position
         running.absorb(window, agreed)
@@ -395,7 +327,7 @@ class Epoch:
         if agreed.last:
             self._making = None
             if len(agreed.ended) < agreed.world_size:
-                self._tell_stop(agreed.ended, window.num_left + reader.num_queued_samples)
+                tell_stop(self._meetings.world, self.number, agreed.ended, window.num_left + reader.num_queued_samples)
         else:
             first_delivery = window.terms.first_delivery + window.num_deliveries
             self._making = self._make(window.terms.number + 1, window.next_index, first_delivery, window.carry)
@@ -447,33 +379,6 @@ class Epoch:
             making = self._making_now
             making.look()
 
-    def _tell_stop(self, ended: tuple[int, ...], num_left: int) -> None:
-        """Say why an epoch ends before this rank's data do."""
-        if len(ended) < self._meetings.world.world_size and self._meetings.world.rank not in ended:
-            _logger.warning(
-                'epoch %d ends on all ranks, since ranks %s have no more batches (on_uneven="stop"): %d samples that '
-                "rank %d has read are left out, and what else its loader has",
-                self.number,
-                list(ended),
-                num_left,
-                self._meetings.world.rank,
-            )
-
-    def _tell_same(self, messages: Sequence[Message]) -> None:
-        """Warn of ranks that deliver the same samples in the same order."""
-        ranks_of: dict[int, list[int]] = {}
-        for rank, message in enumerate(messages):
-            if message.content:
-                ranks_of.setdefault(message.content, []).append(rank)
-        own = next((ranks for ranks in ranks_of.values() if self._meetings.world.rank in ranks), [])
-        if len(own) > 1:
-            _logger.warning(
-                "ranks %s deliver the same samples in the same order: split the data over the ranks "
-                "(fs.webdataset_splitters(), fs.split_by_rank(dataset), fs.ElasticDistributedSampler(dataset)); for "
-                "tensor- or pipeline-parallel ranks give process_group=mesh[…], the data-parallel dimension",
-                own,
-            )
-
     @property
     def _making_now(self) -> Window:
         assert self._making is not None
@@ -487,54 +392,3 @@ class Epoch:
             return self._recipe.size
         mean = self._running.sums.mean_weight if self._running.sums.total else _TYPICAL_WEIGHT
         return min(math.ceil(self._recipe.size / mean), 8 * self._recipe.size)
-
-    # -- state -------------------------------------------------------------------------------------
-
-    @own_numerics()
-    def _describe(self, window: Window) -> dict[str, Any]:
-        """The window that goes into delivery, as a state holds it: before it, nothing of it is absorbed."""
-        assert self._recipe is not None
-        carry = window.terms.carry
-        oldest = min([kept.ordinal for kept in carry], default=window.first_ordinal)
-        return {
-            "window": window.terms.number,
-            "size": self._recipe.size,
-            "shape": {"num_rows": self._shape.num_rows, "area": self._shape.area},
-            "source": self._reader.state_for(oldest),
-            "oldest_ordinal": oldest,
-            "first_ordinal": window.first_ordinal,
-            "first_index": window.terms.first_index,
-            "first_delivery": window.terms.first_delivery,
-            "num_taken": window.num_taken,
-            "capped": window.capped,
-            "ended": window.ended,
-            "content": window.content,
-            "losses": window.flat_losses.to(torch.float16 if self._settings.level == "token" else torch.float32)
-            if self._settings.needs_loss
-            else None,
-            "carry": {
-                "ordinal": torch.tensor([kept.ordinal for kept in carry], dtype=torch.int64),
-                "row": torch.tensor([kept.row.index for kept in carry], dtype=torch.int64),
-                "index": torch.tensor([kept.index for kept in carry], dtype=torch.int64),
-                "count": torch.tensor([kept.count for kept in carry], dtype=torch.int64),
-                "loss": torch.tensor([kept.loss for kept in carry], dtype=torch.float32),
-                "weight": torch.tensor([kept.weight for kept in carry], dtype=torch.float32),
-            },
-        }
-
-    def _restore_carry(self, state: Mapping[str, Any]) -> tuple[Kept, ...]:
-        """The rows that were carried into the window, from their batches, which are pulled again."""
-        columns = {name: column.tolist() for name, column in state["carry"].items()}
-        pulled: dict[int, Any] = {}
-        while self._reader.next_ordinal < state["first_ordinal"]:
-            item = self._reader.take()
-            if item is None:
-                self._reader.reraise(self.where)
-                raise self._too_short(state)
-            pulled[item.ordinal] = item.batch
-        return tuple(
-            Kept(Row(pulled[ordinal], row), ordinal, index, loss, weight, count)
-            for ordinal, row, index, count, loss, weight in zip(
-                *(columns[name] for name in ("ordinal", "row", "index", "count", "loss", "weight")), strict=True
-            )
-        )

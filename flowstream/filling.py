@@ -18,23 +18,27 @@ from flowstream.weighing import flatten, num_rows, place
 
 
 class Filling:
-    """Owns the batch that such batches are made from: the last that the rank had, or another rank's first."""
+    """Owns the batch that such batches are made from: the last that the rank had.
+
+    A rank that never had one gets another rank's: its first, and after a resume the next one there.
+    """
 
     def __init__(self, scorer: Scorer, settings: Settings) -> None:
         self._scorer = scorer
         self._settings = settings
-        self._model: Any = None
+        self.model: Any = None
+        """The batch; `None` before there is one."""
         self._scores: Scores | None = None
 
     def remember(self, batch: Any) -> None:
         """From now on make them like `batch`, even where a training loop takes keys out of it."""
-        self._model = mapped(batch, lambda leaf: leaf)
+        self.model = mapped(batch, lambda leaf: leaf)
         self._scores = None
 
     def delivery(self, shared: Mapping[str, Tensor]) -> Delivery:
         """One more of them. `shared`: what goes with a batch whatever its samples."""
         level, include = self._settings.level, self._settings.include
-        batch = ignored(self._model, by_position=not isinstance(self._scorer, FunctionScorer))
+        batch = ignored(self.model, by_position=not isinstance(self._scorer, FunctionScorer))
         if self._scores is None:  # for its structure: documents in packed rows, labelled tokens
             (self._scores,) = self._scorer.begin([batch], level=level, needs_loss=False).finish()
         scores = self._scores

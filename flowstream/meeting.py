@@ -8,13 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flowstream.agreement import Agreement, Peers, RankError
+from flowstream.agreement import Agreement
 from flowstream.digest import Digest
 from flowstream.distributed import World
-from flowstream.message import MAX_STEPS, Message, Phase, failed
+from flowstream.message import MAX_STEPS, Message, Phase, failed, merged
+from flowstream.peers import Peers
+from flowstream.rank_error import RankError
 from flowstream.settings import Settings
 
 _HEADER = ("generation", "epoch", "window", "position", "phase", "configuration")
+MAX_MERGED = 2**19
+"""Values that a merge may have to sort, in some 40 ms: from 263 ranks on a message holds fewer, …"""
+MIN_VALUES = 500
+"""… but so many in any world."""
 
 
 class Meetings:
@@ -24,11 +30,22 @@ class Meetings:
     """
 
     def __init__(self, world: World, settings: Settings, *, timeout: float) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout!r}: give a number of seconds above 0, such as 1800")
+        has_denominator = "denominator" in settings.include
+        if world.world_size > 1 and has_denominator and settings.window != "auto":
+            num_steps = settings.window // settings.accumulate
+            if num_steps > MAX_STEPS:
+                raise ValueError(
+                    f"a window of {num_steps} optimizer steps, but ranks share counts of {MAX_STEPS} at most: "
+                    f"give a window of {MAX_STEPS * settings.accumulate} batches or fewer"
+                )
         self.world = world
         self.seconds = 0.0
         """Time spent waiting for the others."""
         self.generation = 0
-        self._max_steps = MAX_STEPS if "denominator" in settings.include else 0
+        self._max_steps = MAX_STEPS if has_denominator else 0
+        self._max_values = max(world.share(MAX_MERGED), MIN_VALUES)
         self._agreement = Agreement(world, timeout=timeout, num_bytes=Message.num_bytes(self._max_steps))
         self._peers = Peers(world, timeout=timeout)
         self._configuration = 0
@@ -43,11 +60,6 @@ class Meetings:
     @property
     def peers(self) -> Peers:
         return self._peers
-
-    @property
-    def max_steps(self) -> int | None:
-        """Optimizer steps that a window may have; `None` for any number."""
-        return self._max_steps or None if self.are_several else None
 
     def shake_hands(self, configuration: Callable[[], Mapping[str, str]]) -> None:
         """Once, before anything is pulled: see `Agreement.shake_hands`."""
@@ -90,7 +102,7 @@ class Meetings:
             self._failure = error
             self._called = failed(place, error)
         if self.are_several:
-            self._agreement.start(self._called.to_bytes(self._max_steps), _told(self._called))
+            self._agreement.start(self._called.to_bytes(self._max_steps, self._max_values), _told(self._called))
 
     @property
     def is_called(self) -> bool:
@@ -127,7 +139,7 @@ class Meetings:
         if not self.are_several:
             return digest
         place = replace(place, phase=Phase.LOSSES)
-        return Digest.merged([message.digest for message in self.meet(place, lambda: replace(place, digest=digest))])
+        return merged(self.meet(place, lambda: replace(place, digest=digest)))
 
     def _check(self, own: Message, messages: list[Message]) -> None:
         told = [rank for rank, message in enumerate(messages) if message.phase is Phase.FAILURE]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowstream.digest import Digest
+from flowstream.digest_message import MAX_VALUES
 from flowstream.metrics import WeightSums
 
 OnUneven = Literal["pad", "stop", "raise"]
@@ -20,11 +21,14 @@ OnUneven = Literal["pad", "stop", "raise"]
 MAX_STEPS = 1_790
 """Optimizer steps of a window whose label counts fit in a message."""
 
+MERGED_CENTROIDS = 16_000
+"""Of all ranks' digests in one: in small worlds the losses themselves. It never travels, and does not stay."""
+
 _MAX_FAILURE = 400
-_PLAIN = struct.Struct("<4sB??xIqqqQd IIIQ QQQ 7d H")
+_PLAIN = struct.Struct("<4sB??xIqqqQd IIIIQ QQQ 7d H")
 _NAMES = (
     *("phase", "has_batch", "ended", "generation", "epoch", "window", "position", "configuration", "tau"),
-    *("size", "num_batches", "num_first", "num_first_bytes"),
+    *("size", "num_batches", "num_rows", "num_first", "num_first_bytes"),
     *("num_seen", "num_kept", "content"),
 )
 _MAGIC = b"fsm1"
@@ -62,8 +66,10 @@ class Message:
     """Whether the rank has a batch to begin with."""
     size: int = 0
     """Batches that this rank wants a window to have."""
+    num_rows: int = 0
+    """Of its first batch, whose …"""
     num_first: int = 0
-    """Samples of its first batch, …"""
+    """… samples, …"""
     num_first_bytes: int = 0
     """… and its bytes."""
     num_batches: int = 0
@@ -78,7 +84,7 @@ class Message:
     counts: tuple[int, ...] = ()
     """Labelled tokens (or samples) of each optimizer step, where denominators are asked for."""
     digest: Digest = field(default_factory=Digest)
-    """Of the window's finite losses."""
+    """Of the window's finite losses. A received one is what `Digest.to_bytes` says of it, the rank's own too."""
     failure: str = ""
 
     @staticmethod
@@ -86,8 +92,8 @@ class Message:
         """Length of `to_bytes`: 8.6 KB, and 4 bytes a step; at most 16 KB."""
         return _PLAIN.size + _MAX_FAILURE + 4 * max_steps + Digest.num_bytes()
 
-    def to_bytes(self, max_steps: int) -> bytes:
-        """The message, little-endian. `ValueError` for more `counts` than `max_steps`."""
+    def to_bytes(self, max_steps: int, max_values: int = MAX_VALUES) -> bytes:
+        """The message, little-endian, `max_values` in its digest. `ValueError` for more `counts` than `max_steps`."""
         if len(self.counts) > max_steps:
             raise ValueError(f"a window of {len(self.counts)} optimizer steps, but a message holds {max_steps}")
         counts: NDArray[np.uint32] = np.zeros(max_steps, dtype="<u4")
@@ -95,7 +101,7 @@ class Message:
         sums = self.sums.state_dict().values()
         plain = _PLAIN.pack(_MAGIC, *(getattr(self, name) for name in _NAMES), *sums, len(self.counts))
         failure = self.failure.encode()[:_MAX_FAILURE].ljust(_MAX_FAILURE, b"\0")
-        return plain + failure + counts.tobytes() + self.digest.to_bytes()
+        return plain + failure + counts.tobytes() + self.digest.to_bytes(max_values)
 
     @classmethod
     def from_bytes(cls, message: bytes, max_steps: int) -> Self:
@@ -172,7 +178,7 @@ def agree(messages: Sequence[Message], *, on_uneven: OnUneven, accumulate: int =
             step_counts[step] += count
     return Agreed(
         world_size=len(messages),
-        digest=messages[0].digest if len(messages) == 1 else Digest.merged([message.digest for message in messages]),
+        digest=messages[0].digest if len(messages) == 1 else merged(messages),
         sums=sum((message.sums for message in messages), WeightSums()),
         num_seen=sum(message.num_seen for message in messages),
         num_kept=sum(message.num_kept for message in messages),
@@ -180,8 +186,13 @@ def agree(messages: Sequence[Message], *, on_uneven: OnUneven, accumulate: int =
         num_deliveries=num,
         num_padded=sum(max(num - batches_of_rank, 0) for batches_of_rank in batches),
         last=last,
-        ended=tuple(rank for rank, is_over in enumerate(ended) if is_over),
+        ended=tuple(rank for rank, own in enumerate(batches) if ended[rank] and own <= max(num, fewest)),
     )
+
+
+def merged(messages: Sequence[Message]) -> Digest:
+    """The digest of the losses of all ranks."""
+    return Digest.merged([message.digest for message in messages], MERGED_CENTROIDS)
 
 
 def failed(message: Message, error: BaseException) -> Message:

@@ -312,8 +312,9 @@ class ResampledWindow:
 
     def _settle_tau(self, digest: Digest) -> None:
         """τ from the ranks' first candidates."""
-        recipe, self._is_tau_open = self._recipe, False
+        recipe = self._recipe
         merged = recipe.meetings.merged(self.terms.place(), digest)
+        self._is_tau_open = False
         if merged.num_values or self._chunk:
             self.tau = recipe.temperature.tau(merged)
 

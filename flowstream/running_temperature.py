@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from flowstream.advice import advice_on
 from flowstream.digest import Digest
+from flowstream.digest_message import MAX_VALUES
 from flowstream.target_ess import tau_at, tau_error_at
 from flowstream.tdigest_backend import PackageDigest
 from flowstream.temperature import (
@@ -53,8 +54,7 @@ class RunningTemperature:
         self.spec = spec
         self.level = level
         self.num_samples = 0
-        # Finer than the messages of windows: it never travels, and τ is read from it.
-        self._digest = Digest(_RUNNING_CENTROIDS)
+        self._digest = self._empty()
         uses_package = isinstance(spec, RunningMedian | TargetESS) and spec.backend == "tdigest"
         self._package_digest = PackageDigest() if uses_package else None
 
@@ -156,7 +156,7 @@ class RunningTemperature:
         """
         values = np.asarray(losses, dtype=np.float64).reshape(-1)
         finite = np.isfinite(values)
-        digest = Digest()
+        digest = Digest(MAX_VALUES)  # a message's room, so that nothing is averaged on the way there
         half_life = self._half_life
         if half_life is None or not values.size:
             digest.add(values[finite])
@@ -181,7 +181,8 @@ class RunningTemperature:
         if num_samples < 0:
             raise ValueError(f"num_samples must not be negative, got {num_samples!r}")
         if self.scope != "stream":
-            self._digest = window.copy()
+            self._digest = self._empty()
+            self._digest.merge(window)
         elif not self._is_frozen:
             decay = 1.0 if self._half_life is None else 2.0 ** (-num_samples / self._half_life)
             if self._package_digest is not None:
@@ -194,6 +195,10 @@ class RunningTemperature:
         # τ is read after every window anyway; and a state then holds 2,000 centroids, not 16,000 losses beside them.
         self._digest.compress()
         self.num_samples += num_samples
+
+    def _empty(self) -> Digest:
+        # Finer than the messages of windows: it never travels, and τ is read from it.
+        return Digest(_RUNNING_CENTROIDS, None if isinstance(self.spec, TargetESS) else _quantile_of(self.spec))
 
     @property
     def _half_life(self) -> float | None:

@@ -45,6 +45,7 @@ class Scoring:
             row_keys=None if settings.cache_key is None else [_row_keys(item, settings.cache_key) for item in pulled],
             needs_loss=settings.needs_loss and stored is None and recipe.meetings.world.is_first_peer,
         )
+        self._finished: tuple[list[Scores], Cost] | None = None
         self._num_steps = max(self._job.num_steps, 1)
         self.seconds = time.perf_counter() - started
 
@@ -67,7 +68,9 @@ class Scoring:
 
     @own_numerics()
     def finish(self) -> tuple[list[Scores], Cost]:
-        """The scores of the batches in their order, and what they cost."""
+        """The scores of the batches in their order, and what they cost. May be asked for again."""
+        if self._finished is not None:
+            return self._finished
         started = time.perf_counter()
         scores = self._job.finish()
         if self._stored is not None:
@@ -75,7 +78,8 @@ class Scoring:
         elif self._peers is not None:
             scores = _with_stored(scores, self._peers.agree(flatten(scores, self._level).loss), self._level)
         self.seconds += time.perf_counter() - started
-        return scores, self._job.cost
+        self._finished = scores, self._job.cost
+        return self._finished
 
 
 def check_negative(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flowstream import state as states
 from flowstream.elastic_sampler import reshardable
-from flowstream.epoch import Epoch, EpochEnd
+from flowstream.epoch import Epoch
+from flowstream.iterator import FlowIterator
+from flowstream.loader import agreed_length, check_loader, epoch_listeners, length_of
 from flowstream.meeting import Meetings
 from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
@@ -23,9 +25,7 @@ from flowstream.read_ahead import ReadAhead
 from flowstream.recollate import Recollate
 from flowstream.running import Running
 from flowstream.scoring.base import Level, Scorer
-from flowstream.scoring.cache import LossCache
-from flowstream.scoring.disk_cache import DiskCache
-from flowstream.scoring.memory_cache import MemoryCache
+from flowstream.scoring.caches import open_cache
 from flowstream.settings import Attach, Include, Mode, Sampler, Settings, Uneven
 from flowstream.sharding import world_of
 from flowstream.sources import source_of
@@ -134,8 +134,7 @@ class FlowStream(IterableDataset[Any]):
             on_uneven=on_uneven,
             max_bad_fraction=max_bad_fraction,
         )
-        if not isinstance(loader, Iterable):
-            raise ValueError(f"loader is a {type(loader).__name__}, which cannot be iterated over: give a data loader")
+        check_loader(loader)
         if isinstance(loader, FlowStream):
             raise ValueError("loader is itself a FlowStream: wrap the loader once")
         if level not in getattr(scorer, "levels", ()):
@@ -145,7 +144,7 @@ class FlowStream(IterableDataset[Any]):
             )
         self._loader = loader
         self._scorer = scorer
-        self._cache = _cache_of(cache)
+        self._cache = open_cache(cache)
         self._progress = Progress() if progress else None
         self._running = Running(self._settings)
         self._reader = ReadAhead(source_of(loader))
@@ -158,7 +157,7 @@ class FlowStream(IterableDataset[Any]):
         self._has_told = False
         self._reference: str | None = None
         self._meetings = Meetings(world_of(process_group), self._settings, timeout=timeout)
-        self._length = self._agreed_length()
+        self._length = agreed_length(loader, self._settings, self._meetings) if self._meetings.are_several else None
         self._elastic = reshardable(loader) if self._settings.sampler is None else None
 
     # -- iteration ---------------------------------------------------------------------------------
@@ -183,29 +182,11 @@ class FlowStream(IterableDataset[Any]):
         """
         if self._settings.sampler is not None:
             raise TypeError("resampling decides while streaming how many batches an epoch has: count steps (max_steps)")
+        if not self._meetings.are_several:
+            return length_of(self._loader)
         if self._length is None:
-            return self._own_length()
-        if self._length < 0:
             raise TypeError("the loader has no length on every rank, so the stream has none")
         return self._length
-
-    def _own_length(self) -> int:
-        if not isinstance(self._loader, Sized):
-            raise TypeError(f"the loader ({type(self._loader).__name__}) has no length, so the stream has none")
-        return len(self._loader)
-
-    def _agreed_length(self) -> int | None:
-        """Batches an epoch on every rank, -1 where that is unknown; `None` for a single rank, which asks its loader."""
-        if not self._meetings.are_several:
-            return None
-        try:
-            own = self._own_length() if self._settings.sampler is None else -1
-        except TypeError:
-            own = -1
-        lengths = self._meetings.lengths(own)
-        if min(lengths) < 0:
-            return -1
-        return min(lengths) if self._settings.when_uneven == "stop" else max(lengths)
 
     def __bool__(self) -> bool:
         return True  # else `if stream:` would ask for its length
@@ -321,7 +302,7 @@ class FlowStream(IterableDataset[Any]):
     def _forward_epoch(self) -> None:
         """Tell whatever shuffles by epoch which one it is."""
         self._forwarded_epoch = self._epoch
-        for listener in _epoch_listeners(self._loader):
+        for listener in epoch_listeners(self._loader):
             listener(self._epoch)
 
     # -- metrics and state -------------------------------------------------------------------------
@@ -432,55 +413,3 @@ class FlowStream(IterableDataset[Any]):
         if self._reference is None:
             self._reference = self._scorer.fingerprint()
         return self._reference
-
-
-class FlowIterator:
-    """Walks through one epoch of a stream, and ends where a newer iterator has started."""
-
-    def __init__(self, stream: FlowStream) -> None:
-        self._stream = stream
-        self._epoch: Epoch | None = None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        if self._epoch is None:
-            self._epoch = self._stream._begin(self)
-        if self._stream._owner is not self:
-            raise StopIteration
-        try:
-            return self._epoch.next()
-        except EpochEnd:
-            raise StopIteration from None
-        except StopIteration as error:
-            raise RuntimeError(
-                f"a function called by flowstream raised StopIteration in {self._epoch.where}"
-            ) from error
-        except Exception as error:
-            error.add_note(f"flowstream: in {self._epoch.where}")
-            raise
-        except BaseException:
-            if not self._stream._is_one_pass:
-                self._epoch.interrupt()
-            raise
-
-
-def _cache_of(cache: object) -> LossCache | None:
-    if cache is None:
-        return None
-    if not isinstance(cache, str | os.PathLike) or not os.fspath(cache):
-        raise ValueError(f"cache is {cache!r}: choose 'memory', a path, or None")
-    return MemoryCache() if cache == "memory" else DiskCache(cache)
-
-
-def _epoch_listeners(loader: Any) -> list[Callable[[int], None]]:
-    """Every `set_epoch` within reach: the loader's own, or those of its parts."""
-    own = getattr(loader, "set_epoch", None)
-    if callable(own):
-        return [own]
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    parts.append(getattr(loader, "dataset", None))
-    unique = {id(part): part for part in parts if part is not None}
-    return [part.set_epoch for part in unique.values() if callable(getattr(part, "set_epoch", None))]

@@ -223,13 +223,14 @@ class WeightedWindow:
         """Deliver fewer batches than were scored: a rank has no more of them."""
         num = agreed.num_deliveries
         assert self._scores is not None
-        if agreed.last:
+        if agreed.last:  # a state keeps what the ranks were told, so that they come to the same once more
             self.num_left = sum(len(score.loss) for score in self._scores[num:])
-        else:  # its loader raised; the epoch may go on
+        else:  # a loader raised; the epoch may go on
             self._reader.put_back(self._pulled[num:])
-        self._losses = self._losses.of_first(num)
-        self._weight = self._weight[: len(self._losses.loss)]
-        self._pulled, self._scores, self.num_taken = self._pulled[:num], self._scores[:num], num
+            self.num_taken = num
+            self._losses = self._losses.of_first(num)
+            self._weight = self._weight[: len(self._losses.loss)]
+        self._pulled, self._scores = self._pulled[:num], self._scores[:num]
 
     def _weigh(self, scores: list[Scores]) -> None:
         recipe, settings, terms = self._recipe, self._recipe.settings, self.terms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from statistics import NormalDist
 
@@ -12,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowstream.centroids import compressed
 from flowstream.digest import Digest
+from flowstream.digest_message import MAX_PAIRS, MAX_VALUES
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 SHARES = st.floats(0, 1)
@@ -96,7 +99,7 @@ def test_median_is_no_worse_than_the_tdigest_package():
         for size in (500, 2000):
             errors[size].append(abs(digest_of(values, size).quantile(0.5) / np.median(values) - 1))
     random.setstate(state)
-    # The package keeps about 980 centroids here. A running temperature keeps 2000, a message 500.
+    # The package keeps about 980 centroids here. A running temperature keeps 2000.
     assert np.mean(errors[2000]) <= np.mean(errors["package"])
     assert np.mean(errors[500]) <= 1.5 * np.mean(errors["package"])
 
@@ -153,7 +156,7 @@ def test_few_values_give_numpys_quantiles(values, q):
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 499, 500])
 def test_median_is_numpys_until_there_are_more_values_than_centroids(size):
-    values = draw("lognormal", size)
+    values = draw("lognormal", size).astype(np.float32).astype(np.float64)
     assert digest_of(values).quantile(0.5) == pytest.approx(np.median(values), rel=1e-12)
     assert Digest.from_bytes(digest_of(values).to_bytes()).quantile(0.5) == pytest.approx(np.median(values), rel=1e-12)
 
@@ -212,7 +215,9 @@ def test_merging_in_one_order_gives_one_result(seed, sizes):
     digests = [digest_of(draw("gamma", size, seed + k)) for k, size in enumerate(sizes)]
     messages = [digest.to_bytes() for digest in digests]
     merged = Digest.merged(digests)
-    assert merged.to_bytes() == Digest.merged([Digest.from_bytes(message) for message in messages]).to_bytes()
+    on_one, on_another = (Digest.merged([Digest.from_bytes(message) for message in messages]) for _ in range(2))
+    assert on_one.to_bytes() == on_another.to_bytes()
+    assert on_one.quantile(0.5) == pytest.approx(merged.quantile(0.5), rel=1e-6, nan_ok=True)
     assert [digest.to_bytes() for digest in digests] == messages
     one_by_one = Digest()
     for digest in digests:
@@ -221,6 +226,44 @@ def test_merging_in_one_order_gives_one_result(seed, sizes):
     assert one_by_one.total_weight == pytest.approx(merged.total_weight)
     if sum(sizes) > 2000:
         assert one_by_one.cdf(merged.quantile(0.5)) == pytest.approx(0.5, abs=5e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 3000), max_size=6), st.sampled_from([8, 2000]), SHARES)
+@settings(max_examples=50, deadline=None)
+def test_merging_is_a_stable_sort_and_one_compression(seed, sizes, max_centroids, share_of_atoms):
+    rng = np.random.default_rng(seed)
+    digests = [Digest(8)]
+    for size in sizes:
+        # Ties within and between ranks, both zeros, negative values, and weights that tell their order.
+        values = rng.normal(size=size) * 10 ** rng.uniform(-3, 3)
+        atoms = rng.choice([-1.0, -0.0, 0.0, 2.0], size)
+        values = np.where(rng.random(size) < share_of_atoms, atoms, values)
+        digests.append(digest_of(values, weights=rng.random(size)))
+    merged = Digest.merged(digests, max_centroids)
+    means, weights = (np.concatenate([getattr(one, name) for one in digests]) for name in ("means", "weights"))
+    expected = compressed(means, weights, max_centroids)
+    assert np.array_equal(merged.means, expected[0])
+    assert np.array_equal(merged.weights, expected[1])
+
+
+def received(values, max_centroids=MAX_VALUES):
+    return Digest.from_bytes(digest_of(values, max_centroids).to_bytes())
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_median_over_unlike_ranks_is_within_two_thousandths(world_size):
+    rng = np.random.default_rng(0)
+    shards = [10 ** rng.uniform(-1, 1) * rng.lognormal(size=rng.integers(0, 4096)) for _ in range(world_size)]
+    merged = Digest.merged([received(shard) for shard in shards])
+    assert merged.quantile(0.5) == pytest.approx(np.median(np.concatenate(shards)), rel=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 240, 1999, 2000])
+def test_ranks_of_up_to_2000_float32_values_merge_to_the_exact_median(size):
+    shards = [draw("bimodal", size, seed).astype(np.float32) for seed in range(8)]
+    merged = Digest.merged([received(shard) for shard in shards], 16_000)
+    assert merged.quantile(0.5) == np.median(np.concatenate(shards).astype(np.float64))
+    assert np.array_equal(merged.means, np.sort(np.concatenate(shards)))
 
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 3000), min_size=2, max_size=6))
@@ -263,6 +306,31 @@ def test_past_that_decayed_to_nothing_is_gone():
     assert digest.quantile(0.5) == 3.0
 
 
+@pytest.mark.parametrize("focus", [0.3, 0.5])
+def test_digest_of_some_thousand_values_is_twice_as_exact_where_it_is_focused(focus):
+    errors = {None: [], focus: []}
+    for law, seed in itertools.product(LAWS, range(5)):
+        values = draw(law, 6000, seed)
+        for where, found in errors.items():
+            digest = Digest(2000, where)
+            for part in np.split(values, 12):
+                digest.add(part)
+                digest.compress()
+            found.append(abs(digest.quantile(focus) / np.quantile(values, focus) - 1))
+    assert np.mean(errors[focus]) < 0.5 * np.mean(errors[None])
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.02, 0.5, 1.0])
+def test_focused_digest_is_as_small_and_reads_all_quantiles(focus):
+    values = draw("gamma", 50_000)
+    digest = Digest(500, focus)
+    digest.add(values)
+    assert digest.means.size <= 500
+    assert digest.total_weight == pytest.approx(values.size)
+    for q in (0.01, 0.25, 0.5, 0.75, 0.99):
+        assert np.mean(values <= digest.quantile(q)) == pytest.approx(q, abs=1e-3)
+
+
 # -- error -----------------------------------------------------------------------------------------
 
 
@@ -279,12 +347,14 @@ def test_density_and_standard_error_are_those_of_the_normal_law():
 
 
 def test_state_is_loadable_with_weights_only():
-    digest = digest_of(draw("gamma", 4321))
+    digest = Digest(500, 0.3)
+    digest.add(draw("gamma", 4321))
     file = io.BytesIO()
     torch.save(digest.state_dict(), file)
     file.seek(0)
     loaded = Digest.from_state_dict(torch.load(file, weights_only=True))
     assert loaded.to_bytes() == digest.to_bytes()
+    assert loaded.focus == 0.3
 
 
 def test_state_does_not_follow_the_digest_it_came_from():
@@ -295,16 +365,77 @@ def test_state_does_not_follow_the_digest_it_came_from():
     assert Digest.from_state_dict(state).to_bytes() == message
 
 
-@pytest.mark.parametrize("size", [0, 1, 500, 10_000])
-def test_message_is_of_one_length_and_reads_the_same(size):
-    digest = digest_of(draw("pareto", size))
+@pytest.mark.parametrize("max_centroids", [8, 500, 2000])
+@pytest.mark.parametrize("size", [0, 1, 500, 1500, 2000, 2001, 50_000])
+def test_message_is_of_one_length_and_reads_the_same(size, max_centroids):
+    digest = digest_of(draw("pareto", size), max_centroids)
     message = digest.to_bytes()
     assert len(message) == Digest.num_bytes() <= 12_288
     read = Digest.from_bytes(message)
     assert read.to_bytes() == message
+    assert read.max_centroids == max_centroids
     for name in ("num_values", "total_weight", "minimum", "maximum", "effective_size"):
         assert getattr(read, name) == pytest.approx(getattr(digest, name), nan_ok=True)
-    assert read.quantile(0.5) == digest.quantile(0.5) or size == 0
+    if size:
+        exact_message = size <= MAX_VALUES or max_centroids <= MAX_PAIRS
+        assert read.quantile(0.5) == pytest.approx(digest.quantile(0.5), rel=1e-6 if exact_message else 2e-4)
+
+
+def test_message_holds_2000_float32_values_to_the_bit():
+    values = draw("pareto", 2000).astype(np.float32)
+    digest = digest_of(values, 2000)
+    digest.scale(0.9)
+    read = Digest.from_bytes(digest.to_bytes())
+    assert np.array_equal(read.means, np.sort(values))
+    assert np.array_equal(read.weights, digest.weights)
+    for name in ("num_values", "sum_squares", "minimum", "maximum"):
+        assert getattr(read, name) == getattr(digest, name)
+
+
+def test_message_holds_1000_weighted_values_and_integer_weights_to_the_bit():
+    values = draw("gamma", 1000).astype(np.float32)
+    weights = np.random.default_rng(1).integers(1, 2**24, 1000).astype(np.float64)
+    digest = digest_of(values, 2000, weights=weights)
+    read = Digest.from_bytes(digest.to_bytes())
+    assert np.array_equal(read.means, np.sort(values))
+    assert np.array_equal(read.weights, weights[np.argsort(values)])
+    assert read.sum_squares == digest.sum_squares
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(8, 2000), st.integers(0, 5000), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_message_can_be_made_to_hold_fewer_values(seed, max_values, size, weighted):
+    rng = np.random.default_rng(seed)
+    values, weights = rng.lognormal(size=size), rng.random(size) + 0.5 if weighted else None
+    digest = digest_of(values, 2000, weights=weights)
+    message = digest.to_bytes(max_values)
+    read = Digest.from_bytes(message)
+    assert len(message) == Digest.num_bytes()
+    assert read.to_bytes() == read.to_bytes(max_values) == message
+    assert read.means.size <= max_values
+    assert read.total_weight == pytest.approx(digest.total_weight)
+
+
+@given(
+    st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e150)), max_size=40),
+    st.sampled_from([1e-140, 1.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_message_of_any_finite_values_keeps_their_order_and_their_range(pairs, factor):
+    digest = Digest(2000)
+    digest.add([value for value, _ in pairs], [factor * weight for _, weight in pairs])
+    message = digest.to_bytes()
+    read = Digest.from_bytes(message)
+    assert read.to_bytes() == message
+    assert (np.diff(read.means) >= 0).all()
+    assert np.isfinite(read.means).all()
+    assert (read.weights > 0).all()
+    if read.means.size:
+        assert read.minimum <= read.means[0] <= read.means[-1] <= read.maximum
+        limit = float(np.finfo(np.float32).max)
+        expected = np.clip([digest.minimum, digest.maximum], -limit, limit)
+        assert [read.minimum, read.maximum] == pytest.approx(expected, rel=1e-6, abs=1e-45)
+        assert read.total_weight == pytest.approx(digest.total_weight)
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -316,6 +447,10 @@ def test_empty_digest_reads_nan():
     assert np.isnan(readings).all()
     assert digest.total_weight == digest.effective_size == 0
     assert Digest.merged([]).num_values == 0
+    nothing = Digest.merged([Digest.from_bytes(Digest().to_bytes())] * 3)
+    assert np.isnan(nothing.quantile(0.5))
+    nothing.add([2.0])
+    assert nothing.minimum == nothing.maximum == 2.0
     assert Digest.merged([Digest(), digest_of([2.0])]).quantile(0.5) == 2.0
 
 
@@ -348,3 +483,7 @@ def test_wrong_arguments_are_quoted():
         Digest.from_bytes(b"nonsense")
     with pytest.raises(ValueError, match="got 100"):
         Digest.from_bytes(Digest().to_bytes()[:100])
+    with pytest.raises(ValueError, match=r"share in \[0, 1\], got 1\.5"):
+        Digest(500, 1.5)
+    with pytest.raises(ValueError, match="got 3"):
+        Digest().to_bytes(3)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from temperatures import LAWS, run
 
 from flowstream.digest import Digest
+from flowstream.message import MERGED_CENTROIDS
 from flowstream.running_temperature import RunningTemperature
 from flowstream.temperature import BatchMedian, FixedTemperature, RunningMedian, TargetESS, WindowMedian
 
@@ -164,6 +165,53 @@ def test_ranks_that_merge_the_same_messages_hold_one_temperature(spec):
         for rank in ranks:
             rank.update(Digest.merged([Digest.from_bytes(message) for message in messages]), 2100)
     assert len({rank.tau() for rank in ranks}) == 1
+
+
+def shards_of(law, num_ranks, seed, window):
+    """Losses of each rank, float32 as the stream's: of 64 to 2,000 samples, alike or hundredfold unlike."""
+    rng = np.random.default_rng((seed, window))
+    size = [2000, 64, 700, 1300][seed % 4]
+    scales = np.ones(num_ranks)
+    if law == "unlike":
+        scales, law = 10 ** np.random.default_rng(seed).uniform(-1, 1, num_ranks), "lognormal"
+    if law == "pareto of infinite mean":
+        shards = [1 + rng.pareto(0.5, size) for _ in scales]
+    elif law == "bimodal":
+        shards = [np.where(rng.random(size) < 0.6, rng.normal(1, 0.1, size), rng.normal(10, 0.1, size)) for _ in scales]
+    else:
+        shards = [scale * LAWS[law][0](rng, size) for scale in scales]
+    return [shard.astype(np.float32) for shard in shards]
+
+
+def from_rank(temperature, losses, num_ranks):
+    return Digest.from_bytes(temperature.window_digest(losses, world_size=num_ranks).to_bytes())
+
+
+@pytest.mark.parametrize("law", [*LAWS, "pareto of infinite mean", "bimodal", "unlike"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_running_median_over_ranks_is_within_15_ten_thousandths_and_exact_up_to_2000_losses(law, num_ranks):
+    for seed in range(4):
+        temperature = RunningTemperature(RunningMedian(), "sample")
+        losses = np.empty(0, dtype=np.float32)
+        for window in range(6):
+            shards = shards_of(law, num_ranks, seed, window)
+            merged = Digest.merged([from_rank(temperature, shard, num_ranks) for shard in shards], MERGED_CENTROIDS)
+            losses = np.concatenate([losses, *shards])
+            exact = np.median(losses.astype(np.float64))
+            if window == 0:  # its own losses give its τ
+                assert temperature.tau(merged) == exact
+            temperature.update(merged, sum(map(len, shards)))
+            rel = 0 if losses.size <= 2000 else 1.5e-3
+            assert temperature.tau() == pytest.approx(exact, rel=rel, abs=0)
+
+
+def test_window_median_over_ranks_is_exact_in_every_window():
+    temperature = RunningTemperature(WindowMedian(), "sample")
+    for window in range(3):
+        shards = shards_of("lognormal", 8, 0, window)
+        merged = Digest.merged([from_rank(temperature, shard, 8) for shard in shards], MERGED_CENTROIDS)
+        assert temperature.tau(merged) == np.median(np.concatenate(shards).astype(np.float64))
+        temperature.update(merged, 16_000)
 
 
 # -- error -----------------------------------------------------------------------------------------

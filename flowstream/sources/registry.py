@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
-from flowstream.sources import dataloader, huggingface, pipelines, torchdata, webdataset
+from flowstream.sources import accelerate, dataloader, huggingface, pipelines, torchdata, webdataset
 from flowstream.sources.base import Source
 from flowstream.sources.replay import replayed
 from flowstream.sources.sequence import SequenceSource
@@ -18,6 +18,7 @@ _by_class: dict[type | str, MakeSource] = {
     list: SequenceSource,
     tuple: SequenceSource,
     "torch.utils.data.dataloader.DataLoader": dataloader.source_of_dataloader,
+    accelerate.NAME: accelerate.source_of_prepared,
     pipelines.NAME: webdataset.source_of_pipeline,
     huggingface.NAME: huggingface.source_of_iterable_dataset,
     torchdata.NAME: torchdata.source_of_stateful_dataloader,

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from spawned import Outcome, run_ranks
 from torch.distributed import init_device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
-from flowstream.agreement import Agreement, Peers, RankError
+from flowstream.agreement import Agreement
 from flowstream.distributed import World
+from flowstream.peers import Peers
+from flowstream.rank_error import RankError
 
 NUM_BYTES = 100
 SAME = {"seed": "0", "mode": "weight"}
@@ -130,7 +133,10 @@ def test_what_every_rank_says_arrives_at_all_in_their_order():
         assert "is closed" in found["closed"]
 
 
-def meet_on_a_mesh() -> Any:
+def meet_on_meshes() -> Any:
+    flat = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "shard", "tp"))
+    flat["replicate", "shard"]._flatten("dp")
+    assert agreement_of(World.of(flat["dp"])).gather(dist.get_rank()) == [0, 1, 2, 3]
     mesh = DeviceMesh("cpu", [[3, 1], [2, 0]], mesh_dim_names=("dp", "tp"))
     world = World.of(mesh["dp"])
     agreement = agreement_of(world)
@@ -149,8 +155,8 @@ def meet_on_a_mesh() -> Any:
     return world.ranks, told, world.peers, [part.tolist() for part in shared], [str(s.dtype) for s in shared], mismatch
 
 
-def test_a_mesh_that_is_not_sorted_keeps_its_order_and_its_peers_share_the_losses_of_the_first():
-    found = results(run_ranks(meet_on_a_mesh, 4))
+def test_the_ranks_of_a_mesh_meet_in_its_order_and_its_peers_share_the_losses_of_the_first():
+    found = results(run_ranks(meet_on_meshes, 4))
     for rank, (ranks, told, peers, shared, dtypes, mismatch) in enumerate(found):
         assert ranks == ((3, 2) if rank in (3, 2) else (1, 0))
         assert told == list(ranks)
@@ -162,70 +168,105 @@ def test_a_mesh_that_is_not_sorted_keeps_its_order_and_its_peers_share_the_losse
         assert f"different samples: {nums} of 4 bytes losses, on global ranks {list(peers)}" in mismatch
 
 
-def meet_on_a_flattened_mesh() -> Any:
-    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("replicate", "shard", "tp"))
-    mesh["replicate", "shard"]._flatten("dp")
-    agreement = agreement_of(World.of(mesh["dp"]))
-    found = agreement.gather(dist.get_rank())
-    agreement.close()
-    return found
-
-
-def test_the_ranks_of_a_flattened_mesh_meet():
-    assert results(run_ranks(meet_on_a_flattened_mesh, 4)) == [[0, 1, 2, 3]] * 4
-
-
 def build_again_and_again(num: int) -> Any:
-    counts = []
+    counts, seconds = [], []
     for number in range(num):
+        began = time.monotonic()
         agreement = agreement_of()
         assert agreement.gather(number) == [number] * 2
         agreement.close()
         del agreement
+        seconds.append(time.monotonic() - began)
         counts.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))))
-    return counts
+    open_ones = [agreement_of() for _ in range(10)]
+    assert [one.gather(number) for number, one in enumerate(open_ones)] == [[number] * 2 for number in range(10)]
+    lines = [thread for thread in threading.enumerate() if thread.name == "flowstream talks to the store"]
+    return counts, len(lines), max(seconds)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads and sockets are counted in /proc")
-def test_a_hundred_streams_after_each_other_leave_no_threads_or_sockets():
-    for counts in results(run_ranks(build_again_and_again, 2, 100)):
-        for early, late in zip(counts[9], counts[-1], strict=True):
-            assert late <= early + 2
+def test_streams_built_after_each_other_leave_no_threads_or_sockets_and_share_a_line_to_the_store():
+    for counts, num_lines, _ in results(run_ranks(build_again_and_again, 2, 60)):
+        for early, late in zip(counts[4], counts[-1], strict=True):  # each would leave 3 threads and 5 sockets
+            assert late <= early + 20
+        assert num_lines == 1
+
+
+def meet_anew() -> list[list[int]]:
+    """In a process group, and in another one in its place; and in a process that was forked."""
+    rank, found = dist.get_rank(), []
+    store = dist.group.WORLD.get_group_store()
+    port = int(store.get("port")) if rank else 0
+    if rank == 0:
+        kept = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        port = kept.port
+        store.set("port", str(port))
+    agreement = agreement_of()
+    found.append(agreement.gather(rank))
+    pid = os.fork()
+    if not pid:
+        agreement.note("in a fork")
+        agreement.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    agreement.shake_hands(SAME)
+    found.append(agreement.gather(rank))
+    dist.destroy_process_group()
+    new = dist.TCPStore("127.0.0.1", port, None, False)
+    dist.init_process_group("gloo", store=new, rank=rank, world_size=2)
+    other = agreement_of()
+    other.shake_hands(SAME)
+    found += [agreement.gather(rank), other.gather(rank)]
+    return found
+
+
+def test_streams_outlive_a_fork_and_meet_in_a_process_group_that_took_the_place_of_another():
+    assert results(run_ranks(meet_anew, 2)) == [[[0, 1]] * 4] * 2
 
 
 # The handshake.
 
 
-def shake_hands(configurations: list[dict[str, str]]) -> None:
-    agreement = agreement_of()
-    agreement.shake_hands(configurations[dist.get_rank()])
+def shake_hands(cases: list[list[dict[str, str]]]) -> list[str]:
+    found = []
+    for configurations in cases:
+        with pytest.raises(ValueError, match="differ in") as raised:
+            agreement_of().shake_hands(configurations[dist.get_rank()])
+        found.append(str(raised.value))
+    return found
 
 
 def test_ranks_that_are_configured_differently_all_say_so():
-    outcomes = run_ranks(shake_hands, 3, [SAME, SAME | {"seed": "7"}, SAME])
-    for text in errors(outcomes, "ValueError"):
-        assert "differ in seed: 0 on ranks 0, 2; 7 on rank 1" in text
+    lacking = {"seed": "0"}
+    for other_seed, lacks in results(
+        run_ranks(shake_hands, 3, [[SAME, SAME | {"seed": "7"}, SAME], [SAME, lacking, lacking]])
+    ):
+        assert "differ in seed: 0 on ranks 0, 2; 7 on rank 1" in other_seed
+        assert "differ in mode: weight on rank 0; missing on ranks 1, 2" in lacks
 
 
-def test_a_field_that_a_rank_lacks_is_named():
-    for text in errors(run_ranks(shake_hands, 2, [SAME, {"seed": "0"}]), "ValueError"):
-        assert "differ in mode: weight on rank 0; missing on rank 1" in text
-
-
-def come_late(missing: int) -> None:
+def come_late(missing: int, is_killed: bool) -> None:
     agreement = agreement_of()
     if dist.get_rank() == missing:
-        time.sleep(5.0)
-    agreement.shake_hands(SAME, patience=1.5)
+        time.sleep(0.2 if is_killed else 2.5)
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+    agreement.shake_hands(SAME, patience=1.0)
 
 
 @pytest.mark.parametrize("missing", [0, 2])
 def test_a_rank_that_does_not_come_is_named_with_the_usual_causes(missing):
-    outcomes = run_ranks(come_late, 3, missing)
+    outcomes = run_ranks(come_late, 3, missing, False)
     for text in errors(outcomes, "RankError"):  # also where it comes in the end
-        assert f"rank {missing} did not come, of 3 ranks that wait 1.5 s" in text
+        assert f"rank {missing} did not come, of 3 ranks that wait 1 s" in text
         assert "DataLoaderDispatcher: prepare the inner loader" in text
     assert max(outcome.seconds for rank, outcome in enumerate(outcomes) if rank != missing) < 4.5
+
+
+def test_a_rank_that_died_before_it_came_is_said_to_have_died():
+    outcomes = run_ranks(come_late, 3, 2, True, expect_death=[2])
+    for text in errors(outcomes, "RankError", but=(2,)):
+        assert "rank 2 (has died) did not come, of 3 ranks that wait 1 s" in text
 
 
 # Faults.
@@ -260,10 +301,17 @@ FATES = {
 }
 
 
-@pytest.mark.parametrize("host_store", ["parent", "rank0"])
 @pytest.mark.parametrize(
-    ("victim", "how"),
-    [(2, "killed"), (0, "killed"), (2, "stopped"), (0, "stopped"), (1, "raising"), (2, "closing"), (1, "sleeping")],
+    ("victim", "how", "host_store"),
+    [
+        (2, "killed", "parent"),
+        (0, "killed", "rank0"),  # and with it the store
+        (2, "stopped", "parent"),
+        (0, "stopped", "rank0"),
+        (1, "raising", "parent"),
+        (2, "closing", "rank0"),
+        (1, "sleeping", "parent"),
+    ],
 )
 def test_a_rank_that_is_lost_is_named_on_every_other(victim, how, host_store):
     timeout = 4.0
@@ -284,7 +332,7 @@ def call_in_late() -> None:
     if dist.get_rank() == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     if dist.get_rank() == 2:
-        time.sleep(5.0)  # a long training step, while the others find out
+        time.sleep(2.5)  # a long training step, while the others find out
     agreement.start(message(0, 0), "window 0")
     agreement.wait()
 
@@ -317,70 +365,124 @@ def test_after_a_failure_every_call_says_the_same():
     assert first[1] == (1,)
 
 
-def evaluate_for_long() -> list[bytes]:
-    agreement = agreement_of(timeout=8.0)
+def evaluate_for_long() -> tuple[list[bytes], float]:
+    rank, agreement = dist.get_rank(), agreement_of(timeout=8.0)
     agreement.shake_hands(SAME)
-    if dist.get_rank() == 0:
-        time.sleep(3.0)
-    agreement.start(message(dist.get_rank(), 0), "window 0")
-    return agreement.wait()
-
-
-def test_a_long_evaluation_on_one_rank_is_not_a_death():
-    assert results(run_ranks(evaluate_for_long, 2)) == [[message(0, 0), message(1, 0)]] * 2
-
-
-def leave_one_behind() -> float:
-    agreement = agreement_of()
-    agreement.shake_hands(SAME)
-    if dist.get_rank() == 1:
-        time.sleep(6.0)
-        return 0.0
-    agreement.start(message(0, 0), "window 0")
+    if rank == 0:
+        time.sleep(2.0)
+    agreement.start(message(rank, 0), "window 0")
+    met = agreement.wait()
     began = time.monotonic()
-    agreement.close()
-    return time.monotonic() - began
+    if rank == 0:
+        agreement.start(message(0, 0), "window 1")
+        agreement.close()
+    else:
+        time.sleep(4.0)
+    return met, time.monotonic() - began
 
 
-def test_closing_does_not_wait_for_a_rank_that_never_comes():
-    assert results(run_ranks(leave_one_behind, 2))[0] < 5
+def test_a_long_evaluation_on_one_rank_is_not_a_death_and_closing_does_not_wait_for_a_rank_that_never_comes():
+    found = results(run_ranks(evaluate_for_long, 2))
+    assert [met for met, _ in found] == [[message(0, 0), message(1, 0)]] * 2
+    assert found[0][1] < 3.9
+
+
+def meet_beside_a_stopped_store() -> tuple[list[list[int]], float, str, tuple[int, ...]]:
+    """Rank 0 keeps the store, and is none of those that meet."""
+    rank, pair = dist.get_rank(), dist.new_group([1, 2])
+    store = dist.group.WORLD.get_group_store()
+    if rank == 0:
+        store.set("keeper", str(os.getpid()))
+        signal.pause()
+    keeper = int(store.get("keeper"))
+    first, second = (agreement_of(World.of(pair), timeout=timeout) for timeout in (4.0, 30.0))
+    found = [first.gather(rank)]
+    if rank == 1:
+        os.kill(keeper, signal.SIGSTOP)
+        threading.Timer(6.0, os.kill, (keeper, signal.SIGCONT)).start()
+    first.note("beside a store that does not answer")
+    found.append(first.gather(rank))
+    began = time.monotonic()
+    found.append(second.gather(rank))
+    waited = time.monotonic() - began
+    if rank == 1:
+        os.kill(keeper, signal.SIGSTOP)
+    found.append(first.gather(rank))
+    if rank == 2:
+        time.sleep(5.5)
+        return found, waited, "", ()
+    with pytest.raises(RankError) as raised:
+        first.gather(rank)
+    return found, waited, str(raised.value), raised.value.ranks
+
+
+def test_a_store_that_hangs_delays_but_no_rank_is_named_for_it():
+    outcomes = run_ranks(meet_beside_a_stopped_store, 3, host_store="rank0", expect_death=[0])[1:]
+    for found, waited, text, ranks in results(outcomes):
+        assert found == [[1, 2]] * 4
+        assert waited > 3  # `first` met at once, `second` once the store went on
+        assert ranks == ()
+        assert text == "" or "the store of torch.distributed does not answer" in text
+    assert outcomes[0].result[2]
 
 
 ENDING = """
-import datetime, os, signal, sys, time
+import datetime, os, sys, time
 import torch.distributed as dist
 from flowstream.agreement import Agreement
 from flowstream.distributed import World
-rank, port = int(sys.argv[1]), int(sys.argv[2])
-store = dist.TCPStore("127.0.0.1", port, None, False, datetime.timedelta(seconds=30))
+cases = [("raises", 0), ("raises", 1), ("ends", 0), ("ends", 1), ("destroys", 0), ("destroys", 1)]
+children = {}
+for (how, rank), port in zip(cases, sys.argv[2:]):  # torch is imported once; from its fork on, each is its own script
+    pid = os.fork()
+    if not pid:
+        break
+    children[pid] = f"{how}-{rank}"
+else:
+    for _ in cases:
+        pid, status = os.wait()
+        print(children[pid], os.waitstatus_to_exitcode(status))
+    os._exit(0)
+os.dup2(os.open(f"{sys.argv[1]}/{how}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+store = dist.TCPStore("127.0.0.1", int(port), None, False, datetime.timedelta(seconds=30))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 agreement = Agreement(World.of(), timeout=600.0, num_bytes=4)
 agreement.shake_hands({})
-if rank == 1:
-    time.sleep(5.0)
-    agreement.start(b"late", "window 0 of epoch 0, batch 7")
-    agreement.wait()
+if how == "raises":
+    if rank == 1:
+        time.sleep(2.0)
+        for place in ("window 0 of epoch 0, batch 7", "window 1 of epoch 0, batch 7"):  # the first was met by both
+            agreement.start(b"late", place)
+            agreement.wait()
+    agreement.start(b"word", "window 0 of epoch 0, batch 7")
+    raise OSError("no such shard")
 agreement.start(b"word", "window 0 of epoch 0, batch 7")
-agreement.gather(1)if rank else None
-raise OSError("no such shard")
+agreement.wait()
+agreement.start(b"word", "window 1 of epoch 0, batch 7")
+if how == "destroys":
+    dist.destroy_process_group()
 """
 
 
-def test_a_process_that_ends_with_a_meeting_open_neither_hangs_nor_goes_unnamed(tmp_path: Path):
+def test_scripts_that_end_without_closing_neither_hang_nor_warn_and_one_that_failed_is_named(tmp_path: Path):
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in range(3)]
+    ports = [str(store.port) for store in stores for _ in range(2)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), str(store.port)], stderr=subprocess.PIPE, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        told = [rank.communicate(timeout=40)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [1, 1]
-    assert told[0].rstrip().endswith("OSError: no such shard")
-    assert re.search("RankError: .*rank 0 (has ended without closing its stream after OSError: no such shard)", told[1])
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", script, tmp_path, *ports],
+        stdout=subprocess.PIPE,
+        env=environment,
+        timeout=60,
+        text=True,
+    )
+    codes = dict(line.split() for line in ended.stdout.splitlines())
+    told = {name: (tmp_path / name).read_text() for name in codes}
+    assert codes == {name: "1" if "raises" in name else "0" for name in codes}, told
+    assert len(codes) == 6
+    assert told["raises-0"].rstrip().endswith("OSError: no such shard")
+    assert re.search(
+        "RankError: .*rank 0 (has ended without closing its stream after OSError: no such shard)", told["raises-1"]
+    )
+    assert [text for name, text in told.items() if "raises" not in name] == [""] * 4

@@ -126,6 +126,31 @@ def test_a_state_taken_in_an_epoch_that_others_began_resumes_exactly(tmp_path):
     assert all(outcome.result for outcome in run_ranks(within_an_entered_epoch, 2, str(tmp_path)))
 
 
+def with_cache(folder: str, num_batches: int) -> dict[str, Any]:
+    """Scored by a model, whose losses a cache on disk keeps."""
+    torch.manual_seed(0)
+    samples = [(torch.randn(6, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(240)]
+    sampler = fs.ElasticDistributedSampler(samples, seed=1)
+    loader = DataLoader(samples, batch_size=BATCH, sampler=sampler)
+    scorer = fs.ClassifierScorer(torch.nn.Linear(6, 3))
+    settings = {"window": 8, "temperature": fs.RunningMedian(warmup_samples=64), "cache": f"{folder}/losses"}
+    with fs.FlowStream(loader, scorer, **settings) as stream:
+        step = fs.load_state(stream, folder) or 0
+        iterator = iter(stream)
+        num = sum(1 for _ in zip(range(num_batches), iterator, strict=False))
+        fs.save_state(stream, folder, step=step + num)
+        torch.distributed.barrier()
+        return stream.metrics()
+
+
+def test_another_number_of_ranks_finds_the_losses_of_the_last_in_the_cache(tmp_path):
+    first = [outcome.result for outcome in run_ranks(with_cache, 3, str(tmp_path), 10**6)]
+    second = [outcome.result for outcome in run_ranks(with_cache, 2, str(tmp_path), 10)]
+    assert all(metrics["flow/cache_hit_rate"] == 0 for metrics in first)
+    assert all(metrics["flow/cache_hit_rate"] == 1 for metrics in second)
+    assert second[0]["flow/samples_seen"] >= first[0]["flow/samples_seen"] + 2 * 10 * BATCH
+
+
 def state_of(mode: str, elastic: bool, num_batches: int) -> bytes:
     losses = all_losses()[torch.distributed.get_rank() :: 2]
     plain = [{"loss": part, "id": torch.arange(len(part))} for part in losses.split(BATCH)]

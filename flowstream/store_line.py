@@ -1,0 +1,116 @@
+"""The line to the store of torch.distributed: one connection of this process' own, on which nobody waits too long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]  # it is documented
+
+__all__ = ["StoreError", "StoreGone", "StoreLine", "StoreSilent"]
+
+_T = TypeVar("_T")
+
+_Questions = queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None]
+
+_MAX_UNSENT = 100
+"""Words that nobody waits for are dropped beyond so many: the store may hang for as long as the ranks do without it."""
+
+
+class StoreError(Exception):
+    """The store has not answered."""
+
+
+class StoreGone(StoreError):
+    """The connection is broken: who keeps the store has ended, or cannot be reached."""
+
+
+class StoreSilent(StoreError):
+    """There was no answer in time: who keeps the store was stopped, or is slow."""
+
+
+class StoreLine:
+    """Owns a connection to the store, and the one thread that talks on it, for all streams of this process.
+
+    A connection of its own: what hangs on it stops nobody else, nor does what hangs on torch's stop it. One for all:
+    to accept a connection the store looks up its name, and where that lookup fails it answers nobody for 5 s.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._process = os.getpid()
+        self._questions: _Questions = queue.SimpleQueue()
+        thread = threading.Thread(
+            target=_answer,
+            args=(store.clone(), self._questions),  # type: ignore[attr-defined]
+            name="flowstream talks to the store",
+            daemon=True,
+        )
+        thread.start()
+        weakref.finalize(self, _hang_up, self._questions, thread)
+
+    @classmethod
+    def of_process(cls) -> StoreLine:
+        """The line of this process to the store of the default process group, which must be there."""
+        group = dist.group.WORLD
+        assert group is not None
+        line = _lines.get(group)
+        if line is None or line._process != os.getpid():
+            line = _lines[group] = cls(group.get_group_store())
+        return line
+
+    def send(self, question: Callable[[Store], _T]) -> Future[_T]:
+        """What the store will have answered: the question is asked in the thread, after those before it."""
+        answer: Future[_T] = Future()
+        if self._process == os.getpid():
+            self._questions.put((question, answer))
+        else:  # a forked worker has the connection of its parent, and no thread
+            answer.set_exception(StoreGone("in a process that was forked"))
+        return answer
+
+    def tell(self, word: Callable[[Store], object]) -> None:
+        """Send a word that may get lost, without waiting."""
+        if self._questions.qsize() < _MAX_UNSENT:
+            self.send(word)
+
+    def ask(self, question: Callable[[Store], _T], seconds: float = 10.0) -> _T:
+        """What the store answers..
+
+        Raises:
+            StoreGone, StoreSilent: it does not, within `seconds`.
+        """
+        try:
+            return self.send(question).result(seconds)
+        except TimeoutError:
+            raise StoreSilent(f"no answer within {seconds:g} s") from None
+        except RuntimeError as error:
+            raise StoreGone(str(error)) from error
+
+
+_lines: weakref.WeakKeyDictionary[ProcessGroup, StoreLine] = weakref.WeakKeyDictionary()
+"""The line for the default process group, for as long as that is not destroyed; streams keep theirs longer."""
+
+
+def _answer(store: Store, questions: _Questions) -> None:
+    """In the thread, until the line is gone."""
+    while (asked := questions.get()) is not None:
+        question, answer = asked
+        try:
+            answer.set_result(question(store))
+        except Exception as error:
+            answer.set_exception(error)
+        del asked, question, answer
+
+
+def _hang_up(questions: _Questions, thread: threading.Thread) -> None:
+    """Let the thread end: in the store while the interpreter goes down, it would take the process with it."""
+    questions.put(None)
+    if thread is not threading.current_thread():
+        with contextlib.suppress(RuntimeError):
+            thread.join(1.0)
