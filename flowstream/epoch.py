@@ -110,9 +110,7 @@ class Epoch:
         """Whether all is delivered; known as soon as the last batch is."""
         if self._done:
             return True
-        at_end = self._current is not None and self._position >= self._current.num_deliveries
-        agreed = self._agreed
-        return at_end and (self._is_last or (agreed is not None and agreed.last and not agreed.num_deliveries))
+        return self._is_last and self._current is not None and self._position >= self._current.num_deliveries
 
     @property
     def pending(self) -> Mapping[str, Any] | None:
@@ -373,9 +371,11 @@ class Epoch:
             if not self._meetings.is_called:
                 self._call(making)
             self._agreed = self._agree(making)
-            if self._agreed.num_deliveries or self._agreed.last:
+            if self._agreed.num_deliveries:
                 return
             self._finish_window(making)
+            if self._is_last:
+                return
             making = self._making_now
             making.look()
 

@@ -215,16 +215,16 @@ class Whereabouts:
         deadline = time.monotonic() + grace
         settled = time.monotonic() + min(grace, 2.5)
         silent = {rank for rank in range(self._num_ranks) if rank != self._own}
-        fates: dict[int, str] = {}
+        seen, closed = self.fates(), dict[int, str]()
         while True:
-            fates |= self.fates()
             for rank in sorted(silent):
-                seen, closed = self._ask(lambda store, rank=rank: _heard(store, rank))  # type: ignore[misc]
-                if closed is not None:
-                    fates[rank] = closed
-                if seen is not None:
+                saw, how = self._ask(lambda store, rank=rank: _heard(store, rank))  # type: ignore[misc]
+                if how is not None:
+                    closed[rank] = how
+                if saw is not None:
                     silent.discard(rank)
-                    fates |= seen
+                    seen |= saw
+            fates = seen | self.fates() | closed  # who has ended has also died: what it said of itself tells more
             now = time.monotonic()
             if silent <= fates.keys() or now >= deadline or (fates and now >= settled):
                 break
