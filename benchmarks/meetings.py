@@ -19,8 +19,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import flowstream as fs
-from flowstream.agreement import Agreement
-from flowstream.message import Message
+from flowstream.distributed.agreement import Agreement
+from flowstream.distributed.message import Message
 
 Times = list[tuple[float, float, float, float]]
 """Of each meeting: when its call began, when it was called, when it was waited for, when it was over."""

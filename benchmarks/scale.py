@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from flowstream.digest import Digest
-from flowstream.distributed import World
-from flowstream.meeting import MAX_MERGED, MIN_VALUES
-from flowstream.message import MERGED_CENTROIDS, Message
+from flowstream.distributed.meetings import MAX_MERGED, MIN_VALUES
+from flowstream.distributed.message import MERGED_CENTROIDS, Message
+from flowstream.distributed.world import World
 from flowstream.running_temperature import RunningTemperature
 from flowstream.temperature import RunningMedian
 

@@ -6,13 +6,13 @@ those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream
 
 from flowstream.checkpoint import load_state, save_state
 from flowstream.digest import Digest
+from flowstream.distributed.message import UnevenError
+from flowstream.distributed.rank_error import RankError
 from flowstream.elastic import merge_states
 from flowstream.elastic_sampler import ElasticDistributedSampler
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
-from flowstream.message import UnevenError
 from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
-from flowstream.rank_error import RankError
 from flowstream.samplers import Systematic, Thin
 from flowstream.scoring import (
     CausalLMScorer,

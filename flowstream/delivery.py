@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowstream.batch import attach, device_of
-from flowstream.message import Agreed
+from flowstream.distributed.message import Agreed
 from flowstream.scoring.device import copied_to
 from flowstream.settings import Settings
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from flowstream.distributed.meetings import Meetings
+from flowstream.distributed.message import Agreed, Message, Phase, agree
+from flowstream.distributed.notices import tell_same, tell_stop
 from flowstream.filling import Filling
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
-from flowstream.meeting import Meetings
-from flowstream.message import Agreed, Message, Phase, agree
-from flowstream.notices import tell_same, tell_stop
 from flowstream.numerics import own_numerics
 from flowstream.opening import dry_ranks, first_batch, is_over, supply
 from flowstream.position import described, go_to, stored_losses, too_short

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
-from flowstream.meeting import Meetings
+from flowstream.distributed.meetings import Meetings
 from flowstream.settings import Settings
 
 _DISPATCHER = "accelerate.data_loader.DataLoaderDispatcher"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flowstream.batch import num_rows
 from flowstream.digest import Digest
+from flowstream.distributed.meetings import Meetings
+from flowstream.distributed.message import Agreed, Message, Phase
 from flowstream.filling import Filling
-from flowstream.meeting import Meetings
-from flowstream.message import Agreed, Message, Phase
 from flowstream.metrics import WeightSums
 from flowstream.recollate import Row, width_of
 from flowstream.running_temperature import RunningTemperature

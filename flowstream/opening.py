@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flowstream.batch import num_bytes, num_rows, num_samples
+from flowstream.distributed.meetings import Meetings
+from flowstream.distributed.message import Message, UnevenError
 from flowstream.filling import Filling
-from flowstream.meeting import Meetings
-from flowstream.message import Message, UnevenError
 from flowstream.padding_batches import from_portable, portable
 from flowstream.read_ahead import ReadAhead
 from flowstream.settings import Settings, window_size

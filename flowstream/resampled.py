@@ -16,8 +16,8 @@ from torch import Tensor
 from flowstream.batch import check_rows, num_bytes, num_rows, num_samples
 from flowstream.delivery import Delivery, denominator_of, step_counts
 from flowstream.digest import Digest
+from flowstream.distributed.message import Agreed, Message
 from flowstream.making import Kept, Recipe, Terms
-from flowstream.message import Agreed, Message
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.randomness import uniform

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowstream.digest import Digest
+from flowstream.distributed.message import Agreed
 from flowstream.making import Window
-from flowstream.message import Agreed
 from flowstream.metrics import WeightSums
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost

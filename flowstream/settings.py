@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from flowstream.message import MAX_STEPS, Message, OnUneven
+from flowstream.distributed.message import MAX_STEPS, Message, OnUneven
 from flowstream.policies import Flow, Policy, describe, needs_scores
 from flowstream.recollate import Recollate
 from flowstream.samplers import Systematic, Thin

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import get_worker_info
 
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 from flowstream.sources import huggingface
 
 _logger = logging.getLogger("flowstream")

@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flowstream import state as states
+from flowstream.distributed.meetings import Meetings
 from flowstream.elastic_sampler import reshardable
 from flowstream.epoch import Epoch
 from flowstream.iterator import FlowIterator
 from flowstream.loader import agreed_length, check_loader, epoch_listeners, length_of
-from flowstream.meeting import Meetings
 from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead

@@ -13,8 +13,8 @@ from torch import Tensor
 from flowstream.batch import num_bytes, num_samples
 from flowstream.delivery import Delivery, denominator_of, in_order, step_counts
 from flowstream.digest import Digest
+from flowstream.distributed.message import Agreed, Message
 from flowstream.making import Recipe, Terms
-from flowstream.message import Agreed, Message
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.read_ahead import Pulled, ReadAhead

@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import flowstream as fs
 from flowstream import elastic_sampler
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 from flowstream.elastic_sampler import ElasticDistributedSampler, consumed, reshardable
 
 NUM, BATCH = 43, 4

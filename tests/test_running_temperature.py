@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from temperatures import LAWS, run
 
 from flowstream.digest import Digest
-from flowstream.message import MERGED_CENTROIDS
+from flowstream.distributed.message import MERGED_CENTROIDS
 from flowstream.running_temperature import RunningTemperature
 from flowstream.temperature import BatchMedian, FixedTemperature, RunningMedian, TargetESS, WindowMedian
 

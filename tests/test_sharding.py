@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 import flowstream as fs
 from flowstream import sharding
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 from flowstream.elastic_sampler import ElasticDistributedSampler
 from flowstream.sharding import split_by_rank, webdataset_splitters
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import flowstream as fs
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 
 BATCH = 8
 WINDOW = 4

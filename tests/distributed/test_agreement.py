@@ -19,10 +19,10 @@ from spawned import Outcome, run_ranks
 from torch.distributed import init_device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
-from flowstream.agreement import Agreement
-from flowstream.distributed import World
-from flowstream.peers import Peers
-from flowstream.rank_error import RankError
+from flowstream.distributed.agreement import Agreement
+from flowstream.distributed.peers import Peers
+from flowstream.distributed.rank_error import RankError
+from flowstream.distributed.world import World
 
 NUM_BYTES = 100
 SAME = {"seed": "0", "mode": "weight"}
@@ -429,8 +429,8 @@ def test_a_store_that_hangs_delays_but_no_rank_is_named_for_it():
 ENDING = """
 import datetime, os, sys, time
 import torch.distributed as dist
-from flowstream.agreement import Agreement
-from flowstream.distributed import World
+from flowstream.distributed.agreement import Agreement
+from flowstream.distributed.world import World
 cases = [("raises", 0), ("raises", 1), ("ends", 0), ("ends", 1), ("destroys", 0), ("destroys", 1)]
 children = {}
 for (how, rank), port in zip(cases, sys.argv[2:]):  # torch is imported once; from its fork on, each is its own script

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import flowstream as fs
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 from flowstream.padding_batches import from_portable, ignored, portable
 
 NUM_BATCHES = (3, 1, 0)

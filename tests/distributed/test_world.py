@@ -9,7 +9,7 @@ import torch.distributed as dist
 from spawned import run_ranks
 from torch.distributed import init_device_mesh
 
-from flowstream.distributed import World
+from flowstream.distributed.world import World
 
 
 def test_without_torch_distributed_the_world_is_one_process():

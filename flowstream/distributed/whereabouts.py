@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # both are documented
 
-from flowstream import blame
-from flowstream.process import Process
-from flowstream.rank_error import Verdict
-from flowstream.store_line import StoreError, StoreGone, StoreLine, StoreSilent
+from flowstream.distributed import blame
+from flowstream.distributed.process import Process
+from flowstream.distributed.rank_error import Verdict
+from flowstream.distributed.store_line import StoreError, StoreGone, StoreLine, StoreSilent
 
 __all__ = ["Whereabouts"]
 

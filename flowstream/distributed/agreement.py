@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from flowstream.distributed import World
-from flowstream.gloo import Meeting
-from flowstream.meeting_place import MeetingPlace
-from flowstream.rank_error import Verdict
+from flowstream.distributed.gloo import Meeting
+from flowstream.distributed.meeting_place import MeetingPlace
+from flowstream.distributed.rank_error import Verdict
+from flowstream.distributed.world import World
 
 __all__ = ["Agreement"]
 

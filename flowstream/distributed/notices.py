@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from flowstream.distributed import World
-from flowstream.message import Message
+from flowstream.distributed.message import Message
+from flowstream.distributed.world import World
 
 _logger = logging.getLogger("flowstream")
 

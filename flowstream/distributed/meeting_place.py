@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]  # both are documented
 
-from flowstream.gloo import NEVER, Meeting, keep, let_go, words
-from flowstream.rank_error import Verdict
-from flowstream.store_line import StoreError, StoreLine
-from flowstream.whereabouts import Whereabouts
+from flowstream.distributed.gloo import NEVER, Meeting, keep, let_go, words
+from flowstream.distributed.rank_error import Verdict
+from flowstream.distributed.store_line import StoreError, StoreLine
+from flowstream.distributed.whereabouts import Whereabouts
 
 __all__ = ["MeetingPlace"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from flowstream.rank_error import Verdict
+from flowstream.distributed.rank_error import Verdict
 
 __all__ = ["SILENT", "absent", "lost", "storeless"]
 

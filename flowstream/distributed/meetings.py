@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flowstream.agreement import Agreement
 from flowstream.digest import Digest
-from flowstream.distributed import World
-from flowstream.message import MAX_STEPS, Message, Phase, failed, merged
-from flowstream.peers import Peers
-from flowstream.rank_error import RankError
+from flowstream.distributed.agreement import Agreement
+from flowstream.distributed.message import MAX_STEPS, Message, Phase, failed, merged
+from flowstream.distributed.peers import Peers
+from flowstream.distributed.rank_error import RankError
+from flowstream.distributed.world import World
 from flowstream.settings import Settings
 
 _HEADER = ("generation", "epoch", "window", "position", "phase", "configuration")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowstream.digest import Digest
-from flowstream.message import MAX_STEPS, Message, Phase, UnevenError, agree, failed
+from flowstream.distributed.message import MAX_STEPS, Message, Phase, UnevenError, agree, failed
 from flowstream.metrics import WeightSums
 
 

@@ -7,8 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from flowstream.distributed import World
-from flowstream.meeting_place import MeetingPlace
+from flowstream.distributed.meeting_place import MeetingPlace
+from flowstream.distributed.world import World
 
 __all__ = ["Peers"]
 
