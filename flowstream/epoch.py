@@ -75,7 +75,6 @@ class Epoch:
         self._current: Window | None = None
         self._agreed: Agreed | None = None
         self._is_last = False
-        self._has_compared = False
         self._anchor: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._failure: Exception | None = None
         self._position = 0
@@ -174,7 +173,7 @@ class Epoch:
         if self._resume is not None:
             self._go_to(self._resume)
             return
-        place = Message(phase=Phase.OPENING, epoch=self.number)
+        place = Message(phase=Phase.OPENING, epoch=self.number, past=self._running.fingerprint())
         opened = self._meetings.meet(place, lambda: self._look_at_first(place))
         if is_over(opened, self._settings):
             tell_stop(self._meetings.world, self.number, dry_ranks(opened), self._reader.num_queued_samples)
@@ -196,7 +195,13 @@ class Epoch:
         """Make the window in flight again. Until that is done the position stays to be resumed."""
         self.rewind()
         self._shape = Shape(**state["shape"])
-        place = Message(phase=Phase.OPENING, epoch=self.number, window=state["window"], position=state["delivered"])
+        place = Message(
+            phase=Phase.OPENING,
+            epoch=self.number,
+            window=state["window"],
+            position=state["delivered"],
+            past=self._running.fingerprint(),
+        )
         carry: list[Kept] = []
 
         def reach() -> Message:
@@ -275,10 +280,12 @@ class Epoch:
                 self._scorer.check()
                 raise EpochEnd
 
-    def _call(self, window: Window, position: int = 0) -> None:
-        """Finish this rank's share of the window, and call the meeting over it."""
+    def _call(self, window: Window, position: int = 0, failure: Exception | None = None) -> None:
+        """Finish this rank's share of the window, and call the meeting over it; or say there what has failed."""
 
         def build() -> Message:
+            if failure is not None:
+                raise failure
             window.finish()
             if not window.num_taken and self._reader.failed:
                 if window is self._making:  # what the loader delivers after the error is this window's
@@ -289,13 +296,13 @@ class Epoch:
 
         self._meetings.call(window.terms.place(position), build)
 
-    def _agree(self, window: Window) -> Agreed:
+    def _agree(self) -> Agreed:
         """Wait for the outcome of the meeting."""
         settings = self._settings
         messages = self._meetings.outcome()
         agreed = agree(messages, on_uneven=settings.when_uneven, accumulate=settings.accumulate)
-        if not window.terms.first_delivery and not self._has_compared:
-            self._has_compared = True
+        if not self._meetings.has_compared:
+            self._meetings.has_compared = True
             tell_same(self._meetings.world, messages)
         return agreed
 
@@ -308,7 +315,7 @@ class Epoch:
         if self._agreed is None:
             if not self._meetings.is_called:
                 self._call(window, position)
-            self._agreed = self._agree(window)
+            self._agreed = self._agree()
         agreed = self._agreed
         window.settle(agreed)
         now = time.perf_counter()
@@ -324,7 +331,7 @@ class Epoch:
         self._agreed, self._is_last = None, agreed.last
         if agreed.last:
             self._making = None
-            if len(agreed.ended) < agreed.world_size:
+            if self._settings.when_uneven == "stop" and self._meetings.are_several:
                 tell_stop(self._meetings.world, self.number, agreed.ended, window.num_left + reader.num_queued_samples)
         else:
             first_delivery = window.terms.first_delivery + window.num_deliveries
@@ -356,28 +363,31 @@ class Epoch:
 
     def _make_ahead(self, share: float) -> None:
         assert self._current is not None
-        making, num = self._making_now, self._current.num_deliveries
-        making.advance(min(share / _SCORED_BY, 1.0))
-        are_several = self._meetings.are_several
+        num, meetings = self._current.num_deliveries, self._meetings
+        if not meetings.is_called and self._agreed is None:
+            try:
+                self._making_now.advance(min(share / _SCORED_BY, 1.0))
+            except Exception as error:
+                if not meetings.are_several:
+                    raise
+                self._call(self._making_now, failure=error)
         # Counted in the window's own deliveries, so that all ranks call at the same one, resumed or not.
         is_due = self._position + 1 >= min(math.ceil(_CALLED_BY * num), max(num - 1, 1))
-        if are_several and is_due and not self._meetings.is_called and self._agreed is None:
-            self._call(making)
-        if self._position + 1 < num:
-            return
+        if meetings.are_several and is_due and not meetings.is_called and self._agreed is None:
+            self._call(self._making_now)
         # Whether this was the last batch shall be known, and the windows after it that deliver nothing be counted.
-        making.look()
-        while are_several or making.barren:
-            if not self._meetings.is_called:
+        while self._position + 1 == num and not self._is_last:
+            making = self._making_now
+            if not meetings.is_called:
+                if not meetings.are_several:
+                    making.look()
+                    if not making.barren:
+                        return
                 self._call(making)
-            self._agreed = self._agree(making)
+            self._agreed = self._agree()
             if self._agreed.num_deliveries:
                 return
             self._finish_window(making)
-            if self._is_last:
-                return
-            making = self._making_now
-            making.look()
 
     @property
     def _making_now(self) -> Window:

@@ -21,6 +21,8 @@ class Pulled:
 
     batch: Any
     ordinal: int
+    is_counted: bool = False
+    """Whether its losses are in τ already: it was put back after them."""
 
 
 @dataclass(frozen=True, eq=False)

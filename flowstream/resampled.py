@@ -379,7 +379,7 @@ class ResampledWindow:
             )
         self._groups = [[pool[i] for i in group] for group in groups]
         self._pool = pool
-        if recipe.meetings.are_several and not self.terms.first_delivery:
+        if recipe.meetings.are_several and not recipe.meetings.has_compared:
             self._names = hash_of_samples(self._pulled, recipe.settings)
         # Batches of which no row was kept may go.
         self._pulled, self._scores, self._weights, self._kept = [], [], [], []

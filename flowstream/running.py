@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,11 @@ class Running:
             "flow/padded_batches": float(self.num_padded),
             "flow/window_seconds": self.window_seconds,
         }
+
+    def fingerprint(self) -> int:
+        """A hash of what ranks must have alike before they go on together."""
+        told = (self.sums, self.num_seen, self.num_kept, self.num_batches, self.num_padded, self.temperature.tau())
+        return int.from_bytes(hashlib.blake2b(repr(told).encode(), digest_size=8).digest(), "little")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors. Times and costs are this process', and stay with it."""

@@ -22,6 +22,7 @@ _FIELDS = (
     "running",
     "loader",
     "num_emitted",
+    "rank",
     "world_size",
     "offset",
     "elastic",
@@ -46,6 +47,7 @@ def sealed(
     running: Mapping[str, Any],
     loader: Mapping[str, Any],
     num_emitted: int,
+    rank: int,
     world_size: int,
     offset: int,
     elastic: Mapping[str, int] | None,
@@ -63,6 +65,7 @@ def sealed(
         "running": (running,),
         "loader": (loader,),
         "num_emitted": num_emitted,
+        "rank": rank,
         "world_size": world_size,
         "offset": offset,
         "elastic": elastic,
@@ -71,7 +74,7 @@ def sealed(
 
 
 def check(
-    state: Mapping[str, Any], settings: Mapping[str, str], reference: str, world_size: int, *, strict: bool
+    state: Mapping[str, Any], settings: Mapping[str, str], reference: str, rank: int, world_size: int, *, strict: bool
 ) -> None:
     """Raise `ValueError`, naming the field, for the state of another version, number of ranks, or configuration.
 
@@ -90,6 +93,11 @@ def check(
         raise ValueError(
             f"the state is one of {state['world_size']} ranks, this run has {world_size}: put all of them together by "
             "fs.merge_states(states), or load them by fs.load_state(stream, directory), which does so"
+        )
+    if state["world_size"] == world_size and state["rank"] != rank:
+        raise ValueError(
+            f"the state is that of rank {state['rank']}, this is rank {rank}: each rank loads its own, as "
+            "fs.load_state does"
         )
     if not strict:
         return

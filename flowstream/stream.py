@@ -348,6 +348,7 @@ class FlowStream(IterableDataset[Any]):
             running=running,
             loader=self._reader.legacy(),
             num_emitted=self._running.num_emitted,
+            rank=self._meetings.world.rank,
             world_size=self._meetings.world.world_size,
             offset=0 if self._elastic is None or finished else self._elastic.offset,
             elastic=self._elastic_terms(),
@@ -363,7 +364,9 @@ class FlowStream(IterableDataset[Any]):
                 stays what it was.
         """
         world = self._meetings.world
-        states.check(state, self._settings.described(), self._fingerprint(), world.world_size, strict=strict)
+        states.check(
+            state, self._settings.described(), self._fingerprint(), world.rank, world.world_size, strict=strict
+        )
         if self._is_one_pass and self._active is not None:
             raise ValueError(
                 "the loader is an iterator that has been read from: a state can be resumed only from its beginning"
@@ -390,7 +393,7 @@ class FlowStream(IterableDataset[Any]):
             self._elastic.start_at(self._epoch, loaded["offset"])
         if is_merged:  # from here on it is a state of this many ranks
             loaded |= {"running": (running.state_dict(),), "parts": ([],)}
-            loaded |= {"num_emitted": running.num_emitted, "world_size": world.world_size}
+            loaded |= {"num_emitted": running.num_emitted, "rank": world.rank, "world_size": world.world_size}
         self._loaded = loaded
 
     def _elastic_terms(self) -> dict[str, int] | None:

@@ -38,9 +38,14 @@ class Losses:
 
     def of_first(self, num_batches: int) -> Losses:
         """Those of the first batches. Samples without a label are known at the level of samples only."""
-        num = sum(self.sizes[:num_batches])
-        count = self.count[:num]
-        return Losses(self.loss[:num], count, self.sample[:num], self.sizes[:num_batches], int((count == 0).sum()))
+        return self.of([i < num_batches for i in range(len(self.sizes))])[0]
+
+    def of(self, batches: Sequence[bool]) -> tuple[Losses, Tensor]:
+        """Those of some of the batches, and which of all they are: [N] bool."""
+        which = torch.repeat_interleave(torch.tensor(batches, dtype=torch.bool), torch.tensor(self.sizes))
+        count = self.count[which]
+        sizes = [size for size, is_in in zip(self.sizes, batches, strict=True) if is_in]
+        return Losses(self.loss[which], count, self.sample[which], sizes, int((count == 0).sum())), which
 
     @property
     def labelled(self) -> Tensor:

@@ -105,7 +105,7 @@ class WeightedWindow:
         assert self._scores is not None
         settings, meetings = self._recipe.settings, self._recipe.meetings
         self.ended = self.terms.ended or self._reader.exhausted
-        names_samples = meetings.are_several and not self.terms.first_delivery
+        names_samples = meetings.are_several and not meetings.has_compared
         return replace(
             self.terms.place(),
             tau=self._tau if isinstance(self._tau, float) and settings.needs_loss else math.nan,
@@ -226,7 +226,7 @@ class WeightedWindow:
         if agreed.last:  # a state keeps what the ranks were told, so that they come to the same once more
             self.num_left = sum(len(score.loss) for score in self._scores[num:])
         else:  # a loader raised; the epoch may go on
-            self._reader.put_back(self._pulled[num:])
+            self._reader.put_back([replace(item, is_counted=True) for item in self._pulled[num:]])
             self.num_taken = num
             self._losses = self._losses.of_first(num)
             self._weight = self._weight[: len(self._losses.loss)]
@@ -238,15 +238,21 @@ class WeightedWindow:
         check_stored(losses, terms)
         check_negative(losses, self._pulled, scores, recipe, terms)
         check_bad(losses, self._pulled, scores, recipe, terms)
-        self.digest = digest_of(losses, recipe, terms)
+        fresh, which = losses, torch.ones(len(losses.loss), dtype=torch.bool)
+        is_fresh = [not item.is_counted for item in self._pulled]
+        if not all(is_fresh):
+            fresh, which = losses.of(is_fresh)
+        self.digest = digest_of(fresh, recipe, terms)
         tau = self._temperature_of(losses)
         self._tau = tau
         self.tau = tau if isinstance(tau, float) else statistics.median(tau or [math.nan])
         self._weight = weigh(losses, tau, settings.policy, terms.seed(recipe))
-        self.sums = sum_up(losses, self._weight)
+        self.sums = sum_up(fresh, self._weight[which])
         self._losses = losses
         self.content = content_of(self._pulled, settings)
-        self.num_seen = self.num_kept = sum(len(score.loss) for score in scores)
+        self.num_seen = self.num_kept = sum(
+            len(score.loss) for score, counts in zip(scores, is_fresh, strict=True) if counts
+        )
         self._scores = scores
 
     def _temperature_of(self, losses: Losses) -> float | list[float]:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from flowstream.digest import Digest
 from flowstream.distributed.agreement import Agreement
@@ -16,7 +16,7 @@ from flowstream.distributed.rank_error import RankError
 from flowstream.distributed.world import World
 from flowstream.settings import Settings
 
-_HEADER = ("generation", "epoch", "window", "position", "phase", "configuration")
+_HEADER = ("generation", "epoch", "window", "position", "phase", "configuration", "past")
 MAX_MERGED = 2**19
 """Values that a merge may have to sort, in some 40 ms: from 263 ranks on a message holds fewer, …"""
 MIN_VALUES = 500
@@ -50,6 +50,8 @@ class Meetings:
         self._peers = Peers(world, timeout=timeout)
         self._configuration = 0
         self._has_met = False
+        self.has_compared = False
+        """Whether the ranks' samples were compared, once."""
         self._called: Message | None = None
         self._failure: Exception | None = None
 
@@ -97,6 +99,7 @@ class Meetings:
         except RankError:
             raise
         except Exception as error:
+            self._peers.fail()
             if not self.are_several:
                 raise
             self._failure = error
@@ -150,19 +153,25 @@ class Meetings:
             values = [getattr(message, name) for message in messages]
             others = tuple(rank for rank, value in enumerate(values) if value != getattr(own, name))
             if others:
-                raise RankError(
-                    f"rank {self.world.rank} meets the others at {_told(own)}, but rank {others[0]} at "
-                    f"{_told(messages[others[0]])}: every rank must take the same number of batches, break out of a "
-                    "loop at the same batch, begin its iterators together, and resume from the same step",
+                where = f"at {_told(messages[others[0]])}" if name != "past" else "there after another past"
+                self._part(
+                    f"rank {self.world.rank} meets the others at {_told(own)}, but rank {others[0]} {where}: all ranks "
+                    "must take the same number of batches, break out of a loop at the same batch, begin iterators "
+                    "together, and resume from the same step",
                     others,
                 )
         different = tuple(rank for rank, message in enumerate(messages) if repr(message.tau) != repr(own.tau))
         if different:
-            raise RankError(
+            self._part(
                 f"τ is {own.tau!r} on rank {self.world.rank} and {messages[different[0]].tau!r} on rank {different[0]} "
-                f"at {_told(own)}: ranks load states of the same step, with the same versions of numpy and flowstream",
+                f"at {_told(own)}: ranks must load states of the same step, and have the same versions of numpy",
                 different,
             )
+
+    def _part(self, text: str, ranks: tuple[int, ...]) -> NoReturn:
+        """Ranks at different places do not meet again: one that is a meeting ahead shall not wait to learn that."""
+        self._agreement.close()
+        raise RankError(text, ranks)
 
     # -- once --------------------------------------------------------------------------------------
 

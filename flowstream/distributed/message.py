@@ -25,9 +25,9 @@ MERGED_CENTROIDS = 16_000
 """Of all ranks' digests in one: in small worlds the losses themselves. It never travels, and does not stay."""
 
 _MAX_FAILURE = 400
-_PLAIN = struct.Struct("<4sB??xIqqqQd IIIIQ QQQ 7d H")
+_PLAIN = struct.Struct("<4sB??xIqqqQQd IIIIQ QQQ 7d H")
 _NAMES = (
-    *("phase", "has_batch", "ended", "generation", "epoch", "window", "position", "configuration", "tau"),
+    *("phase", "has_batch", "ended", "generation", "epoch", "window", "position", "configuration", "past", "tau"),
     *("size", "num_batches", "num_rows", "num_first", "num_first_bytes"),
     *("num_seen", "num_kept", "content"),
 )
@@ -60,6 +60,8 @@ class Message:
     """Batches of the window that were delivered before."""
     configuration: int = 0
     """Hash of what all ranks must have alike."""
+    past: int = 0
+    """Hash of what was learned before an opening: ranks that go on together have the same."""
     tau: float = math.nan
     """The window's τ, in nats, where it is settled: to the bit the same on all ranks."""
     has_batch: bool = False

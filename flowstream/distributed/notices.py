@@ -13,7 +13,8 @@ _logger = logging.getLogger("flowstream")
 
 def tell_stop(world: World, epoch: int, ended: Sequence[int], num_left: int) -> None:
     """Say why an epoch ends before this rank's data do. `num_left`: samples that it has read for nothing."""
-    if len(ended) < world.world_size and world.rank not in ended:
+    is_first = world.rank not in ended and len(ended) < world.world_size
+    if is_first or num_left:
         _logger.warning(
             'epoch %d ends on all ranks, since ranks %s have no more batches (on_uneven="stop"): %d samples that '
             "rank %d has read are left out, and what else its loader has",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import torch
 from torch import Tensor
 
 from flowstream.distributed.meeting_place import MeetingPlace
+from flowstream.distributed.rank_error import RankError
 from flowstream.distributed.world import World
 
 __all__ = ["Peers"]
+
+
+_FAILED = (-1, -1)
+"""In place of a number of losses, and the size of one."""
 
 
 class Peers:
@@ -32,7 +38,7 @@ class Peers:
 
         Raises:
             RuntimeError: on every peer, that their N or dtype differ.
-            RankError: a peer that does not come.
+            RankError: a peer that does not come, or has failed.
         """
         if self._place is None:
             return losses
@@ -40,6 +46,11 @@ class Peers:
         own = losses.detach().cpu().contiguous()
         header = torch.tensor([len(own), own.element_size()])
         told = [tuple(other.tolist()) for other in self._place.wait(self._place.gather(header, place))]
+        if _FAILED in told:
+            who = [rank for rank, one in zip(self._place.ranks, told, strict=True) if one == _FAILED]
+            raise RankError(
+                f"global ranks {who}, tensor- or pipeline-parallel peers, have failed: see their errors", tuple(who)
+            )
         if len(set(told)) > 1:
             each = ", ".join(f"{num} of {size} bytes" for num, size in told)
             raise RuntimeError(
@@ -50,6 +61,12 @@ class Peers:
             return losses
         (first,) = self._place.wait(self._place.broadcast(own.view(torch.uint8).clone(), 0, place))
         return first.view(own.dtype).to(losses.device)
+
+    def fail(self) -> None:
+        """Let peers that wait for losses know that this one has none."""
+        if self._place is not None:
+            with contextlib.suppress(RuntimeError):  # what they have said is what counts
+                self._place.gather(torch.tensor(_FAILED), "failing")
 
     def close(self) -> None:
         """As `Agreement.close`."""

@@ -120,7 +120,9 @@ def test_ranks_that_break_out_of_a_loop_at_different_batches_are_told_on_all(at,
     for outcome in outcomes:
         assert outcome.result["error"] == "RankError"
         assert outcome.result["seconds"] < TIMEOUT / 3
-        assert "take the same number of batches" in outcome.result["text"]
+        # One that is a meeting ahead learns that another has left for this reason, and not from a message.
+        text = outcome.result["text"]
+        assert "take the same number of batches" in text or "has closed its stream" in text
 
 
 # Several streams, and the data they are given.
