@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/demo.done
 	$(BIN)/flowstream demo
 
-# Two tests at a time, each on one core.
+# Three tests at a time, each on one core: on two cores, since those of many ranks mostly wait.
 test: .venv/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 # What a test does ten times with a fixed seed, a hundred times with another each time; what it does here and there,
 # everywhere.
@@ -33,6 +33,8 @@ bench: .venv/test.done
 	$(BIN)/python benchmarks/digest.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/state.py
+	$(BIN)/python benchmarks/meetings.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/temperature.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/end_to_end.py

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowstream.distributed.meetings import Meetings
 from flowstream.distributed.message import Agreed, Message, Phase, agree
-from flowstream.distributed.notices import tell_same, tell_stop
+from flowstream.distributed.notices import tell_same, tell_stop, tell_unlike
 from flowstream.filling import Filling
 from flowstream.making import Kept, Recipe, Shape, Terms, Window
 from flowstream.numerics import own_numerics
@@ -102,6 +102,7 @@ class Epoch:
         self._position += 1
         self.num_delivered += 1
         self._running.num_emitted += num_samples_delivered
+        self._running.num_delivered += 1
         return batch
 
     @property
@@ -304,6 +305,8 @@ class Epoch:
         if not self._meetings.has_compared:
             self._meetings.has_compared = True
             tell_same(self._meetings.world, messages)
+        if settings.sampler is not None and self._meetings.are_several and not self._meetings.has_told_unlike:
+            self._meetings.has_told_unlike = tell_unlike(messages)
         return agreed
 
     def _finish_window(self, window: Window, position: int = 0) -> bool:

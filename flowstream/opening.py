@@ -8,6 +8,7 @@ from dataclasses import replace
 from flowstream.batch import num_bytes, num_rows, num_samples
 from flowstream.distributed.meetings import Meetings
 from flowstream.distributed.message import Message, UnevenError
+from flowstream.distributed.rank_error import RankError
 from flowstream.filling import Filling
 from flowstream.padding_batches import from_portable, portable
 from flowstream.read_ahead import ReadAhead
@@ -56,7 +57,19 @@ def supply(opened: Sequence[Message], settings: Settings, meetings: Meetings, re
         return
     donor = next(rank for rank in range(len(opened)) if rank not in dry)
     own = meetings.world.rank
-    sent = portable(reader.peek() if reader.num_queued else to.model) if own == donor else None
-    received = meetings.from_rank(donor, sent)
+    sent: bytes | Exception | None = None
+    if own == donor:
+        try:
+            sent = portable(reader.peek() if reader.num_queued else to.model)
+        except Exception as error:
+            sent = error
+    told = str(sent) if isinstance(sent, Exception) else sent
+    received = meetings.from_rank(donor, told)
+    if isinstance(sent, Exception):
+        raise sent
+    if isinstance(received, str):
+        raise RankError(
+            f"rank {donor} cannot lend ranks {list(dry)} a batch, of which they have none: {received}", (donor,)
+        )
     if own in dry:
         to.remember(from_portable(received))

@@ -133,6 +133,8 @@ class ResampledWindow:
         self.carry = self._pool[sum(map(len, self._groups)) :]
         if agreed.last:
             self.num_left, self.carry = len(self.carry), ()
+        elif self.carry:
+            self.ended = False
         self._pool = []
 
     @property

@@ -33,6 +33,8 @@ class Running:
         self.sums = WeightSums()
         self.num_seen = 0
         self.num_emitted = 0
+        self.num_delivered = 0
+        """Batches that this rank's `next()` has returned, in all epochs."""
         self.num_kept = 0
         self.num_batches = 0
         """Delivered over all ranks, …"""
@@ -111,7 +113,8 @@ class Running:
 
     def fingerprint(self) -> int:
         """A hash of what ranks must have alike before they go on together."""
-        told = (self.sums, self.num_seen, self.num_kept, self.num_batches, self.num_padded, self.temperature.tau())
+        counts = (self.num_delivered, self.num_seen, self.num_kept, self.num_batches, self.num_padded)
+        told = (counts, self.sums, self.temperature.tau())
         return int.from_bytes(hashlib.blake2b(repr(told).encode(), digest_size=8).digest(), "little")
 
     def state_dict(self) -> dict[str, Any]:

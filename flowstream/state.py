@@ -22,6 +22,7 @@ _FIELDS = (
     "running",
     "loader",
     "num_emitted",
+    "num_delivered",
     "rank",
     "world_size",
     "offset",
@@ -47,6 +48,7 @@ def sealed(
     running: Mapping[str, Any],
     loader: Mapping[str, Any],
     num_emitted: int,
+    num_delivered: int,
     rank: int,
     world_size: int,
     offset: int,
@@ -65,6 +67,7 @@ def sealed(
         "running": (running,),
         "loader": (loader,),
         "num_emitted": num_emitted,
+        "num_delivered": num_delivered,
         "rank": rank,
         "world_size": world_size,
         "offset": offset,
@@ -97,7 +100,7 @@ def check(
     if state["world_size"] == world_size and state["rank"] != rank:
         raise ValueError(
             f"the state is that of rank {state['rank']}, this is rank {rank}: each rank loads its own, as "
-            "fs.load_state does"
+            "fs.load_state does; with torch.distributed.checkpoint under a key of its own"
         )
     if not strict:
         return

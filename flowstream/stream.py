@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -66,9 +67,10 @@ class FlowStream(IterableDataset[Any]):
             stream), `flow_denominator` 0-d. With "pair" they come as a third element, a dict.
         window: batches that are scored as a whole, or "auto": at least 256 samples and 8 batches.
         max_window_bytes: what "auto" lets the three windows held take.
-        accumulate: micro-batches a step, k. `flow_denominator` is then the number of labelled tokens (or samples) in
-            the k batches that share a step: dividing each loss by it gives the gradient of one large batch. An epoch's
-            last step may have fewer.
+        accumulate: micro-batches a step, k. `flow_denominator` is then the number of labelled tokens (of a classifier
+            labelled samples, of a function all) in the k batches that share a step on all ranks, divided by the number
+            of ranks: dividing each loss by it, the mean over ranks gives the gradient of one large batch. An epoch's
+            last step may have fewer batches.
         recollate: how rows of different batches meet in resample mode: "pad", or a collate function over samples.
         cache: "memory": losses are kept, up to 256 MB, and a second epoch scores nothing; a path on a local disk: a
             folder that keeps them for later runs and for other processes of the node; or `None`. An entry belongs to
@@ -82,7 +84,8 @@ class FlowStream(IterableDataset[Any]):
         process_group: the data-parallel ranks, which share τ and keep in step: a group, or the `DeviceMesh` of the
             data-parallel dimensions of a larger mesh (then tensor- and pipeline-parallel peers, which read the same
             batches, get the same weights); by default all ranks. Every rank builds its streams in the same order.
-        timeout: seconds that a rank waits for the others at a window's boundary before it is an error.
+        timeout: seconds that a rank waits for the others at a window's boundary before it is an error. At the first
+            `next()` it is 45 s, if that is less.
         max_bad_fraction: of a window's losses, how many may be NaN or infinite before it is an error.
         progress: show one line in the terminal, and a bar while the first window is scored.
 
@@ -348,6 +351,7 @@ class FlowStream(IterableDataset[Any]):
             running=running,
             loader=self._reader.legacy(),
             num_emitted=self._running.num_emitted,
+            num_delivered=self._running.num_delivered,
             rank=self._meetings.world.rank,
             world_size=self._meetings.world.world_size,
             offset=0 if self._elastic is None or finished else self._elastic.offset,
@@ -374,6 +378,8 @@ class FlowStream(IterableDataset[Any]):
         loaded = states.on_cpu(state)
         running = Running(self._settings)
         running.load_state_dict(*loaded["running"], strict=strict)
+        running.num_delivered = loaded["num_delivered"]
+        running.tau = running.temperature.settled_tau or math.nan
         is_merged = loaded["world_size"] == states.ANY_WORLD_SIZE
         running.num_emitted = world.part_of(loaded["num_emitted"]) if is_merged else loaded["num_emitted"]
         if loaded["parts"][0]:

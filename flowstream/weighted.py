@@ -227,7 +227,7 @@ class WeightedWindow:
             self.num_left = sum(len(score.loss) for score in self._scores[num:])
         else:  # a loader raised; the epoch may go on
             self._reader.put_back([replace(item, is_counted=True) for item in self._pulled[num:]])
-            self.num_taken = num
+            self.num_taken, self.ended = num, False
             self._losses = self._losses.of_first(num)
             self._weight = self._weight[: len(self._losses.loss)]
         self._pulled, self._scores = self._pulled[:num], self._scores[:num]

@@ -51,7 +51,8 @@ class Agreement:
         """Make sure, before anything is pulled, that all ranks are here and configured alike.
 
         Raises:
-            RankError: who did not come within `patience` seconds, and why that happens.
+            RankError: who did not come within `patience` seconds (or `timeout`, if it is less), and why that happens;
+                at once, where it is seen that a rank has died or closed.
             ValueError: on every rank, the field in which they differ, with the values and whose they are.
         """
         if self._place is not None:
@@ -93,10 +94,15 @@ class Agreement:
         """Whether a meeting was started that nobody has waited for."""
         return self._meeting is not None or self._alone is not None
 
-    def gather(self, value: int) -> list[int]:
-        """The values of all ranks, in the order of `world.ranks`. Waits for them."""
+    def gather(self, value: int, *, notice: float = 45.0) -> list[int]:
+        """The values of all ranks, in the order of `world.ranks`. Waits for them.
+
+        The first time that may take long, while a rank loads its model: after `notice` seconds it is logged once who
+        has not come. A rank that is seen to have died ends it at once.
+        """
         if self._place is None:
             return [value]
+        self._place.join("gathering a number", notice)
         meeting = self._place.gather(torch.tensor([value]), "gathering a number")
         return [int(tensor) for tensor in self._place.wait(meeting)]
 

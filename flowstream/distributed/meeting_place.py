@@ -73,32 +73,35 @@ class MeetingPlace:
         word: Mapping[str, str],
         patience: float,
         judge: Callable[[list[dict[str, str]]], Verdict | None] = lambda told: None,
+        notice: float = 45.0,
     ) -> None:
         """Wait until all ranks have come to `name`; `judge` looks at the words of all. See `Whereabouts.call`."""
         self._check_open()
-        verdict = self._whereabouts.call(name, word, patience, judge)
+        patience = min(patience, self._timeout - self._grace)
+        verdict = self._whereabouts.call(name, word, patience, judge, notice)
         if verdict is not None:
             raise self._give_up(verdict)
         self._are_here = True
 
-    def join(self, place: str) -> ProcessGroupGloo:
-        """The group, which is made once all ranks are known to be here."""
+    def join(self, place: str, notice: float = 45.0) -> ProcessGroupGloo:
+        """The group, which is made once all ranks are known to be here. After `notice` seconds who is not is logged."""
         if self._group is None:
             if not self._are_here:
-                self.call("group", {}, self._timeout - self._grace)
+                self.call("group", {}, self._timeout, notice=notice)
+            began = time.monotonic()
             made: queue.SimpleQueue[ProcessGroupGloo | RuntimeError] = queue.SimpleQueue()
             threading.Thread(target=self._make, args=(made,), name="flowstream makes a group", daemon=True).start()
-            deadline = time.monotonic() + self._timeout - self._grace
+            deadline = began + self._timeout - self._grace
             while self._group is None:
                 try:
                     found = made.get(timeout=self._nap)
                 except queue.Empty:
                     reason = self._whereabouts.trouble(1) or ("in vain" if time.monotonic() >= deadline else "")
                     if reason:
-                        raise self._failure(place, f"while the group was made: {reason}") from None
+                        raise self._failure(place, f"while the group was made: {reason}", began) from None
                     continue
                 if isinstance(found, RuntimeError):
-                    raise self._failure(place, words(found)) from found
+                    raise self._failure(place, words(found), began) from found
                 self._group = found
         return self._group
 
@@ -132,7 +135,7 @@ class MeetingPlace:
         try:
             meeting = Meeting(self._num_meetings, place, begin(group), outputs, inputs)
         except RuntimeError as error:  # the connection was lost before
-            raise self._failure(place, words(error)) from error
+            raise self._failure(place, words(error), time.monotonic()) from error
         self._unfinished.append(meeting)
         return meeting
 
@@ -155,13 +158,13 @@ class MeetingPlace:
         # What was on its way when somebody left may still come.
         if not meeting.is_over and meeting.finish(self._nap / 2) is None:
             return meeting.outputs
-        raise self._failure(meeting.place, reason)
+        raise self._failure(meeting.place, reason, began)
 
     # Errors, and the end.
 
-    def _failure(self, place: str, reason: str) -> Exception:
-        """Find out, with the others, who is to blame."""
-        verdict = self._whereabouts.find_missing(self._grace, self._timeout, reason)
+    def _failure(self, place: str, reason: str, began: float) -> Exception:
+        """Find out, with the others, who is to blame. `began`: when this rank began to wait."""
+        verdict = self._whereabouts.find_missing(self._grace, self._timeout, reason, began + self._timeout)
         return self._give_up(verdict, f"at {place}, {self._names[self._own]} waited in vain: ")
 
     def _give_up(self, verdict: Verdict, where: str = "") -> Exception:

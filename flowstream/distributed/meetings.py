@@ -52,6 +52,8 @@ class Meetings:
         self._has_met = False
         self.has_compared = False
         """Whether the ranks' samples were compared, once."""
+        self.has_told_unlike = False
+        self._lost: RankError | None = None
         self._called: Message | None = None
         self._failure: Exception | None = None
 
@@ -90,6 +92,8 @@ class Meetings:
 
         `place`: phase, epoch, window and position of the meeting, which all ranks must have alike.
         """
+        if self._lost is not None:  # ranks that were lost once do not meet again
+            raise RankError(str(self._lost), self._lost.ranks)
         place = replace(place, generation=self.generation, configuration=self._configuration)
         self._failure = None
         try:
@@ -123,7 +127,11 @@ class Meetings:
         if not self.are_several:
             return [own]
         started = time.perf_counter()
-        raw = self._agreement.wait()
+        try:
+            raw = self._agreement.wait()
+        except RankError as lost:
+            self._lost = lost
+            raise
         self.seconds += time.perf_counter() - started
         if self._failure is not None:
             error, self._failure = self._failure, None
@@ -148,7 +156,10 @@ class Meetings:
         told = [rank for rank, message in enumerate(messages) if message.phase is Phase.FAILURE]
         if told:
             failures = "; ".join(f"rank {rank} failed with {messages[rank].failure}" for rank in told[:4])
-            raise RankError(f"{failures}; so this rank cannot go on ({_told(own)})", tuple(told))
+            raise RankError(
+                f"{failures}; this rank waits for it ({_told(own)}). If it can go on, all may call next() again",
+                tuple(told),
+            )
         for name in _HEADER:
             values = [getattr(message, name) for message in messages]
             others = tuple(rank for rank, value in enumerate(values) if value != getattr(own, name))

@@ -162,7 +162,7 @@ def agree(messages: Sequence[Message], *, on_uneven: OnUneven, accumulate: int =
     if on_uneven == "pad":
         num, last = most, all(ended)
     elif on_uneven == "stop":
-        num, last = fewest, any(ended)
+        num, last = fewest, any(is_over and own == fewest for is_over, own in zip(ended, batches, strict=True))
         if fewest < most or not last:  # an optimizer step has all its batches, on all ranks
             num -= num % accumulate
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from flowstream.distributed.message import Message
@@ -36,3 +37,26 @@ def tell_same(world: World, messages: Sequence[Message]) -> None:
             "tensor- or pipeline-parallel ranks give process_group=mesh[…], the data-parallel dimension",
             ranks,
         )
+
+
+def tell_unlike(messages: Sequence[Message]) -> bool:
+    """Warn of ranks that keep unlike shares of their samples, more than chance does; whether it was told.
+
+    Ranks deliver equally many samples, so that easy ranks, which keep more, get through their data more slowly.
+    """
+    seen, kept = (sum(getattr(message, name) for message in messages) for name in ("num_seen", "num_kept"))
+    share = kept / seen if seen else 0.0
+    for rank, message in enumerate(messages):
+        num = message.num_seen
+        if not num or abs(message.num_kept / num - share) <= max(0.1 * share, 4 * math.sqrt(share * (1 - share) / num)):
+            continue
+        _logger.warning(
+            "rank %d keeps %.0f %% of its samples, all ranks together %.0f %%: ranks deliver equally many, so those of "
+            "ranks with high losses count too much, and the data of the others is not read to the end. Shuffle samples "
+            "or shards over the ranks, or use mode='weight'",
+            rank,
+            100 * message.num_kept / num,
+            100 * share,
+        )
+        return True
+    return False

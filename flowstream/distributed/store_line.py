@@ -48,7 +48,7 @@ class StoreLine:
         self._questions: _Questions = queue.SimpleQueue()
         thread = threading.Thread(
             target=_answer,
-            args=(store.clone(), self._questions),  # type: ignore[attr-defined]
+            args=(store, self._questions),
             name="flowstream talks to the store",
             daemon=True,
         )
@@ -99,13 +99,38 @@ _lines: weakref.WeakKeyDictionary[ProcessGroup, StoreLine] = weakref.WeakKeyDict
 
 def _answer(store: Store, questions: _Questions) -> None:
     """In the thread, until the line is gone."""
+    line = _connect(store)
+    del store
     while (asked := questions.get()) is not None:
         question, answer = asked
         try:
-            answer.set_result(question(store))
+            if isinstance(line, Exception):
+                raise RuntimeError(str(line))
+            answer.set_result(question(line))
         except Exception as error:
             answer.set_exception(error)
         del asked, question, answer
+
+
+def _connect(store: Store) -> Store | Exception:
+    """A connection of its own, or why there is none. Where nobody keeps the store any more torch tries for minutes."""
+    made: queue.SimpleQueue[Store | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            made.put(store.clone())  # type: ignore[attr-defined]
+        except Exception as error:
+            made.put(error)
+
+    threading.Thread(target=connect, name="flowstream connects to the store", daemon=True).start()
+    while True:
+        try:
+            return made.get(timeout=0.5)
+        except queue.Empty:
+            try:
+                store.check(["flowstream"])  # torch's connection: at once an error, if the store is gone
+            except RuntimeError as error:
+                return error
 
 
 def _hang_up(questions: _Questions, thread: threading.Thread) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # both are documented
 
 from flowstream.distributed import blame
 from flowstream.distributed.process import Process
 from flowstream.distributed.rank_error import Verdict
-from flowstream.distributed.store_line import StoreError, StoreGone, StoreLine, StoreSilent
+from flowstream.distributed.store_line import StoreError, StoreGone, StoreLine
 
 __all__ = ["Whereabouts"]
+
+_logger = logging.getLogger("flowstream")
 
 _T = TypeVar("_T")
 
@@ -48,8 +51,9 @@ class Whereabouts:
         self._told = float("-inf")
         self._looking: Future[bool] | None = None
         self._process = Process.own()
-        process = json.dumps(asdict(self._process))
-        line.tell(lambda store: PrefixStore(prefix, store).set(f"process/{own}", process))
+        self._host = f"host/{self._process.host}"
+        process = json.dumps([own, asdict(self._process)]) + "\n"
+        self._send(lambda store: store.append(self._host, process))  # type: ignore[attr-defined]  # it is documented
 
     def _send(self, question: Callable[[Store], _T]) -> Future[_T]:
         return self._line.send(lambda store: question(PrefixStore(self._prefix, store)))
@@ -73,6 +77,7 @@ class Whereabouts:
         def tell(store: Store) -> None:
             store.set(f"closed/{self._own}", how)
             store.set(f"closed_after/{meeting}", str(self._own))
+            store.set("any_closed", "")
 
         self._ask(tell, 2.0)
 
@@ -84,84 +89,115 @@ class Whereabouts:
         word: Mapping[str, str],
         patience: float,
         judge: Callable[[list[dict[str, str]]], Verdict | None],
+        notice: float,
     ) -> Verdict | None:
-        """Wait until all ranks have come to `name`. What rank 0 finds in their words, or who is missing, goes to all.
+        """Wait until all ranks have come to `name`. What one finds in their words, or who is missing, goes to all.
 
-        A rank that waits sends a handful of requests; only rank 0, or who stands in for it, reads what each has said.
+        A rank that waits sends a few requests a second; only rank 0, or who stands in for it, looks at each rank. It
+        does so after `patience` seconds, or at once where a rank is seen to have died or closed. Who has not come after
+        `notice` seconds is logged, once.
         """
         words = [f"{name}/word/{rank}" for rank in range(self._num_ranks)]
         verdict = f"{name}/verdict"
+        deadline = time.monotonic() + patience
         try:
-            own = json.dumps([asdict(self._process), dict(word)])
-            self._ask(lambda store: store.set(words[self._own], own))
-            if self._own == 0:
-                self._await(words, patience, unless=verdict)
-                self._decide(verdict, self._look_round(name, words, patience, judge))
-            elif not self._await([verdict], patience + min(3.0, max(patience / 4, 0.5))):
-                deputy = self._ask(lambda store: store.compare_set(f"{name}/deputy", "", str(self._own)))
-                if deputy.decode() == str(self._own):
-                    self._decide(verdict, self._look_round(name, words, patience, judge))
-                elif not self._await([verdict], _PATIENCE + self._num_ranks / 100):
-                    raise StoreSilent(f"{deputy.decode()} looks round in place of rank 0, and has not said what it saw")
+            self._ask(lambda store: store.set(words[self._own], json.dumps(dict(word))))
+            if self._is_to_judge(name, words, patience, notice):
+                self._decide(verdict, self._look_round(words, patience, judge))
             found = _verdict_from(self._ask(lambda store: store.get(verdict)))
+            self._look_at_host()
             if found is not None:
-                num_here = self._num_ranks - (0 if found.is_configuration else len(found.ranks))
-                self._linger(f"{name}/num_read", lambda store: num_here)
-                return found
-            on_host = json.loads(self._ask(lambda store: store.get(f"{name}/host/{self._process.host}")))
-            self._on_host = {int(at): Process(**other) for at, other in on_host.items() if int(at) != self._own}
+                self._linger(f"{name}/num_read", found, max(deadline - time.monotonic(), patience / 4))
+            return found
         except StoreError as error:
             return self._without_store(error, 1.0)
-        return None
 
-    def _await(self, keys: list[str], seconds: float, *, unless: str = "", patience: float = _PATIENCE) -> bool:
-        """Whether all `keys` are there by then; once `unless` is there, they are not waited for.
+    def _is_to_judge(self, name: str, words: list[str], patience: float, notice: float) -> bool:
+        """Wait until all are here, or it is plain that they will not be. Whether it is this rank that has to say so."""
+        verdict = f"{name}/verdict"
+        # Rank 0 waits for all, and is the first to lose patience; the others wait for what it says.
+        keys, lag = (words, 0.0) if self._own == 0 else ([verdict], min(2.0, max(patience / 6, 0.5)))
+        notices = [time.monotonic() + notice + lag]
 
-        In slices, since the line is shared.
-        """
-
-        def wait(store: Store, slice_: float) -> bool:
-            try:
-                store.wait(keys, timedelta(seconds=slice_))
-            except RuntimeError:
-                return bool(store.check(keys))  # it raises if it was not the time that ran out
-            return True
-
-        deadline = time.monotonic() + seconds
-        while True:
-            left = deadline - time.monotonic()
-            slice_ = min(max(left, 0.01), 1.0)
-            if self._ask(lambda store, slice_=slice_: wait(store, slice_), patience + slice_):  # type: ignore[misc]
+        def is_in_vain() -> bool:
+            if self._ask(lambda store: store.check([verdict])):
                 return True
-            if left <= 0 or (unless and self._ask(lambda store: store.check([unless]))):
+            self._look_at_host()
+            if notices and time.monotonic() >= notices[0]:
+                notices.clear()
+                if self._is_first(f"{name}/noticed"):
+                    _logger.warning("%s", blame.late(self._names, self._missing(words), notice, patience))
+            return self._ask(lambda store: store.check(["any_closed"])) or _any_died(self.fates())
+
+        if not is_in_vain() and self._await(keys, patience + lag, unless=is_in_vain):
+            return self._own == 0
+        if self._ask(lambda store: store.check([verdict])):
+            return False
+        return self._is_first(f"{name}/judge") or not self._await([verdict], 5.0 + self._num_ranks / 100)
+
+    def _is_first(self, key: str) -> bool:
+        """Whether no other rank has claimed this."""
+        return self._ask(lambda store: store.compare_set(key, "", str(self._own))).decode() == str(self._own)
+
+    def _look_at_host(self) -> None:
+        """Find out which processes of this host take part, as far as they have built their stream."""
+        told = self._ask(lambda store: store.get(self._host)).decode()
+        processes = [json.loads(line) for line in told.splitlines()]
+        self._on_host = {rank: Process(**process) for rank, process in processes if rank != self._own}
+
+    def _await(
+        self,
+        keys: list[str],
+        seconds: float,
+        *,
+        unless: Callable[[], bool] = lambda: False,
+        patience: float = _PATIENCE,
+    ) -> bool:
+        """Whether all `keys` are there by then; they are not waited for once `unless` says so.
+
+        Asked for now and then: where `store.wait` runs out of time, torch prints two warnings of its own.
+        """
+        deadline = time.monotonic() + seconds
+        pause, look_at = 0.005, time.monotonic() + 1.0
+        while not self._ask(lambda store: bool(store.check(keys)), patience):
+            now = time.monotonic()
+            if now >= deadline:
                 return False
+            if now >= look_at:
+                look_at = now + 1.0
+                if unless():
+                    return False
+            time.sleep(min(pause, deadline - now))
+            pause = min(2 * pause, 0.25)
+        return True
+
+    def _missing(self, words: list[str]) -> list[int]:
+        return self._ask(lambda store: [rank for rank, key in enumerate(words) if not store.check([key])], 60.0)
 
     def _look_round(
-        self, name: str, words: list[str], patience: float, judge: Callable[[list[dict[str, str]]], Verdict | None]
+        self, words: list[str], patience: float, judge: Callable[[list[dict[str, str]]], Verdict | None]
     ) -> Verdict | None:
-        missing = self._ask(lambda store: [rank for rank, key in enumerate(words) if not store.check([key])], 60.0)
-        if missing:
-            fates = self._ask(lambda store: {rank: _fate(store, rank, self._process.host) for rank in missing[:8]})
-            return blame.absent(self._names, missing, fates, patience)
-        told = self._ask(lambda store: [json.loads(word) for word in store.multi_get(words)], 60.0)
-        hosts: dict[str, dict[int, Any]] = {}
-        for rank, (process, _) in enumerate(told):
-            hosts.setdefault(process["host"], {})[rank] = process
-        for host, processes in hosts.items():
-            key, value = f"{name}/host/{host}", json.dumps(processes)
-            self._ask(lambda store, key=key, value=value: store.set(key, value))  # type: ignore[misc]
-        return judge([word for _, word in told])
+        missing = self._missing(words)
+        if not missing:
+            return judge(self._ask(lambda store: [json.loads(word) for word in store.multi_get(words)], 60.0))
+        closed = self._ask(lambda store: {rank: _closed(store, rank) for rank in range(self._num_ranks)}, 60.0)
+        # Who came and has died since is why the others are not waited for any longer.
+        fates = {rank: fate for rank, fate in self.fates().items() if rank in missing or _any_died({rank: fate})}
+        fates |= {rank: how for rank, how in closed.items() if how is not None}
+        return blame.absent(self._names, missing, fates, patience)
 
     def _decide(self, key: str, verdict: Verdict | None) -> None:
         text = json.dumps(verdict and asdict(verdict))
         self._ask(lambda store: store.compare_set(key, "", text))
 
-    def _linger(self, num_read: str, num_here: Callable[[Store], int]) -> None:
-        """Who may keep the store does not leave before the others have read, or for 3 s."""
-        self._ask(lambda store: store.add(num_read, 1))
-        deadline = time.monotonic() + 3.0
+    def _linger(self, num_read: str, verdict: Verdict, seconds: float) -> None:
+        """Who may keep the store does not leave before all who are not to blame have read, for 10 s at most."""
+        blamed = () if verdict.is_configuration else verdict.ranks
+        if self._own not in blamed:
+            self._ask(lambda store: store.add(num_read, 1))
+        deadline = time.monotonic() + min(seconds, 10.0)
         while self._own == self._keeper and time.monotonic() < deadline:
-            if self._ask(lambda store: store.add(num_read, 0) >= num_here(store)):
+            if self._ask(lambda store: store.add(num_read, 0)) >= self._num_ranks - len(blamed):
                 return
             time.sleep(0.02)
 
@@ -177,7 +213,7 @@ class Whereabouts:
 
         What another rank has said is known a call later.
         """
-        if any("died" in fate for fate in self.fates().values()):
+        if _any_died(self.fates()):
             return "its process is gone"
         if self._looking is not None and not self._looking.done():
             return ""
@@ -190,8 +226,11 @@ class Whereabouts:
             return "the store does not answer"
         return "told by another rank" if answer.result() else ""
 
-    def find_missing(self, grace: float, timeout: float, reason: str) -> Verdict:
-        """Who is to blame for a failed meeting. The first to ask looks round for at most `grace` seconds, for all."""
+    def find_missing(self, grace: float, timeout: float, reason: str, until: float) -> Verdict:
+        """Who is to blame for a failed meeting. The first to ask looks round for at most `grace` seconds, for all.
+
+        `until`: of `time.monotonic()`, when this rank's timeout is over.
+        """
         patience = max(grace / 3, 1.0)
 
         def ask(question: Callable[[Store], _T]) -> _T:
@@ -201,12 +240,11 @@ class Whereabouts:
             first = ask(lambda store: store.compare_set("failed", "", str(self._own))).decode()
             if not ask(lambda store: store.check(["verdict"])):
                 ask(lambda store: store.set(f"here/{self._own}", json.dumps(self.fates())))
-                ask(lambda store: store.add("num_here", 1))
                 if first == str(self._own) or not self._await(["verdict"], 0.8 * grace, patience=patience):
                     self._decide("verdict", self._judge(0.6 * grace, timeout, reason))
-                self._linger("num_read", lambda store: store.add("num_here", 0))
             verdict = _verdict_from(ask(lambda store: store.get("verdict")))
             assert verdict is not None
+            self._linger("num_read", verdict, until - time.monotonic())
             return verdict
         except StoreError as error:
             return self._without_store(error, min(grace, 2.0))
@@ -245,26 +283,32 @@ class Whereabouts:
                 break
             time.sleep(0.05)
         keepers = () if self._keeper is None else (self._keeper,)
+        if is_gone and not _agent_keeps_store():
+            fates |= {rank: "cannot be reached" for rank in keepers if rank not in (self._own, *self._on_host)}
         store = f"{'is gone' if is_gone else 'does not answer'} ({error})"
         return blame.storeless(self._names, fates, keepers, store)
 
 
-def _fate(store: Store, rank: int, host: str) -> str | None:
-    """What is wrong with the process of a rank that has built its stream, if it is on this host."""
-    if not store.check([f"process/{rank}"]):
-        return None
-    process = Process(**json.loads(store.get(f"process/{rank}")))
-    return process.fate() if process.host == host else None
+def _any_died(fates: Mapping[int, str]) -> bool:
+    return any("died" in fate for fate in fates.values())
+
+
+def _agent_keeps_store() -> bool:
+    """Whether torchrun's agent keeps the store, rather than global rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _closed(store: Store, rank: int) -> str | None:
+    """How the rank closed its stream, if it did."""
+    return store.get(f"closed/{rank}").decode() if store.check([f"closed/{rank}"]) else None
 
 
 def _heard(store: Store, rank: int) -> tuple[dict[int, str] | None, str | None]:
     """(What the rank sees around it, if it has come here too; how it closed its stream, if it did.)"""
-    seen = closed = None
+    seen = None
     if store.check([f"here/{rank}"]):
         seen = {int(at): fate for at, fate in json.loads(store.get(f"here/{rank}")).items()}
-    if store.check([f"closed/{rank}"]):
-        closed = store.get(f"closed/{rank}").decode()
-    return seen, closed
+    return seen, _closed(store, rank)
 
 
 def _place(store: Store, rank: int) -> tuple[str, str] | None:

@@ -65,6 +65,8 @@ class World:
             peers = _peers(process_group, own)
         elif process_group is None:
             ranks = tuple(range(dist.get_world_size()))
+        elif isinstance(process_group, int):  # torch's NON_GROUP_MEMBER
+            raise ValueError("this process is not in the process_group: build the stream on its members only")
         elif isinstance(process_group, ProcessGroup):
             ranks = tuple(dist.get_process_group_ranks(process_group))
         else:

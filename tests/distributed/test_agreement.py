@@ -20,8 +20,10 @@ from torch.distributed import init_device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
 from flowstream.distributed.agreement import Agreement
+from flowstream.distributed.blame import storeless
 from flowstream.distributed.peers import Peers
 from flowstream.distributed.rank_error import RankError
+from flowstream.distributed.store_line import StoreLine
 from flowstream.distributed.world import World
 
 NUM_BYTES = 100
@@ -251,7 +253,7 @@ def come_late(missing: int, is_killed: bool) -> None:
         time.sleep(0.2 if is_killed else 2.5)
         if is_killed:
             os.kill(os.getpid(), signal.SIGKILL)
-    agreement.shake_hands(SAME, patience=1.0)
+    agreement.shake_hands(SAME, patience=20.0 if is_killed else 1.0)
 
 
 @pytest.mark.parametrize("missing", [0, 2])
@@ -263,10 +265,68 @@ def test_a_rank_that_does_not_come_is_named_with_the_usual_causes(missing):
     assert max(outcome.seconds for rank, outcome in enumerate(outcomes) if rank != missing) < 4.5
 
 
-def test_a_rank_that_died_before_it_came_is_said_to_have_died():
+def test_a_rank_that_died_before_it_came_is_named_at_once():
     outcomes = run_ranks(come_late, 3, 2, True, expect_death=[2])
+    assert max(outcome.seconds for outcome in outcomes[:2]) < 4
     for text in errors(outcomes, "RankError", but=(2,)):
-        assert "rank 2 (has died) did not come, of 3 ranks that wait 1 s" in text
+        assert text.startswith("rank 2 has died, before all ranks had come: look into its output")
+
+
+MEET_TIMEOUT = 8.0
+
+
+def meet_first(how: str) -> None:
+    """Ranks that build their streams; one does not, and another is slow."""
+    rank = dist.get_rank()
+    if how == "dies with the store" and rank == 0:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "dies with the store, seen by one" and rank == 2:
+        time.sleep(1.5)
+    agreement = agreement_of(timeout=MEET_TIMEOUT)
+    if rank == 0 and how == "dies with the store, seen by one":
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and how in ("dies, another is slow", "stops, another is slow"):
+        StoreLine.of_process().ask(lambda store: None)  # its word has arrived
+        os.kill(os.getpid(), signal.SIGKILL if how.startswith("dies") else signal.SIGSTOP)
+    if rank == 1 and how == "raises, another is slow":
+        try:
+            raise OSError("no such model")
+        except OSError:
+            agreement.close()
+        raise SystemExit
+    if rank == 2 and "slow" in how:
+        time.sleep(0.8 * MEET_TIMEOUT if how.startswith("stops") else 3.0)  # it comes when rank 0 has lost patience
+    if rank == 2 and how == "is late":
+        time.sleep(5.0)
+    agreement.gather(rank, notice=1.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "victim", "words", "host_store"),
+    [
+        ("dies with the store", 0, "rank 0 cannot be reached, and the store of torch.distributed is gone", "rank0"),
+        ("dies with the store, seen by one", 0, "rank 0 (has died|cannot be reached), and the store", "rank0"),
+        ("dies, another is slow", 1, "rank 1 has died, before all ranks had come", "rank0"),
+        ("raises, another is slow", 1, "rank 1 has closed its stream after OSError: no such model, before", "rank0"),
+        ("stops, another is slow", 1, "rank 1 was stopped .* before all ranks had come", "rank0"),
+    ],
+)
+def test_a_rank_lost_before_the_first_meeting_is_named_and_no_slow_one(how, victim, words, host_store):
+    outcomes = run_ranks(meet_first, 3, how, host_store=host_store, expect_death=[victim])
+    for rank, text in zip({0, 1, 2} - {victim}, errors(outcomes, "RankError", but=(victim,)), strict=True):
+        assert re.search(f"^{words}", text), (rank, text)
+    seconds = max(outcome.seconds for rank, outcome in enumerate(outcomes) if rank != victim)
+    assert seconds < MEET_TIMEOUT + (1 if how.startswith("stops") else -2)
+
+
+def test_a_rank_that_builds_its_stream_late_is_waited_for_and_logged_once():
+    outcomes = run_ranks(meet_first, 3, "is late")
+    results(outcomes)
+    printed = "".join(outcome.output for outcome in outcomes)
+    assert printed.count("rank 2 did not come in 1 s to build the stream together with the other ranks") == 1
+    assert "as under `if rank == 0`" in printed
 
 
 # Faults.
@@ -357,6 +417,14 @@ def fail_twice() -> list[tuple[str, tuple[int, ...]]]:
             found.append((str(error), error.ranks))
     agreement.close()
     return found
+
+
+def test_a_stop_is_the_first_cause_where_the_store_went_after_it():
+    fates = {0: "has died", 1: "was stopped (by SIGSTOP or a debugger)"}
+    verdict = storeless(["rank 0", "rank 1", "rank 2"], fates, [0], "is gone")
+    assert verdict.ranks == (1,)
+    assert verdict.text.startswith("rank 1 was stopped (by SIGSTOP or a debugger), and the store of torch.")
+    assert "; rank 0 has died, maybe because of that: look into" in verdict.text
 
 
 def test_after_a_failure_every_call_says_the_same():

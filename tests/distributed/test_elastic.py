@@ -188,7 +188,7 @@ def test_elsewhere_the_error_says_what_to_do_and_between_epochs_all_loads():
     stream = plain_stream("weight")
     stream.load_state_dict(fs.merge_states(within, strict=False))
     assert stream.epoch == 0
-    assert stream.metrics()["flow/tau"] != stream.metrics()["flow/tau"]  # nothing is in delivery
+    assert stream.metrics()["flow/tau"] != stream.metrics()["flow/tau"]  # the warm-up was not over
     assert len(list(stream)) == -(-NUM_SAMPLES // BATCH)
     after = states_of("weight", False, 10**6)
     stream = plain_stream("weight")

@@ -51,6 +51,7 @@ def test_ranks_that_are_left_say_by_whom_and_how_and_all_processes_end(tmp_path)
                     f"RankError: at window 3 of epoch 0 (window, iterator 1), rank {rank} waited in vain: " in printed
                 )
                 assert f"rank {LEAVER} {told} (last seen at" in printed
+                assert ("none may `break` alone" in printed) == how.endswith("break")
 
 
 def evaluate_for_long() -> tuple[float, float]:

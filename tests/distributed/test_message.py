@@ -126,11 +126,11 @@ def test_ranks_agree_as_a_plain_account_says(told, on_uneven, accumulate):
     )
     assert agreed.world_size == len(told)
     if stops:
-        assert agreed.last == bool(over)
+        assert agreed.last == bool(agreed.ended)
         assert agreed.num_padded == 0
         # A step that has all its batches on every rank is taken; one that has not, only as the last of all ranks.
         whole = min(batches) // accumulate * accumulate
-        is_short_everywhere = len(set(batches)) == 1 and bool(over)
+        is_short_everywhere = len(set(batches)) == 1 and agreed.last
         assert agreed.num_deliveries == (min(batches) if is_short_everywhere else whole)
     else:
         assert agreed.last == (len(over) == len(told))

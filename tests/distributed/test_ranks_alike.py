@@ -110,6 +110,7 @@ NORMALIZED = {"temperature": fs.FixedTemperature(1.0), "normalize": True}
         ([12, 1], SMALL),
         ([0, 5], SMALL),
         ([1, 3], SMALL),  # in one window, after and before the meeting is called
+        ([1, 2], SMALL),  # before it on both: nothing differs but what was delivered
         ([7, 6], SMALL),
         ([3, 6], NORMALIZED),  # τ is the same, the mean weight is not
     ],

@@ -61,4 +61,4 @@ def test_the_world_of_a_group_and_of_a_mesh_with_its_peers():
             assert found[name].is_first_peer == (rank % 2 == 0)
         if rank in (1, 3):
             assert (found["pair"].rank, found["pair"].ranks, found["pair"].peers) == (rank // 2, (1, 3), (rank,))
-        assert "give a ProcessGroup" in found["outside"] or "rank" in found["outside"]
+        assert "not in the process_group" in found["outside"] or "rank" in found["outside"]
