@@ -284,6 +284,9 @@ class Slowly(Dataset[dict[str, Any]]):
         return {"loss": self.losses[index], "id": index, "name": f"sample {index}"}
 
 
+# Killed while it hands a tensor over, the worker leaves torch with a reset connection: torch then raises that, after it
+# has opened files to see whether there are too many.
+@pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedRandom:ResourceWarning")
 @pytest.mark.parametrize("mode", ["weight", "resample"])
 def test_a_killed_worker_of_the_loader_is_an_error_and_the_state_resumes(mode):
     def stream() -> fs.FlowStream:
@@ -293,7 +296,7 @@ def test_a_killed_worker_of_the_loader_is_an_error_and_the_state_resumes(mode):
     whole = list(fs.FlowStream(DataLoader(Slowly(), batch_size=16), by_key, mode=mode, window=4, temperature=FIXED))
     stopped = stream()
     found, iterator, others = [], iter(stopped), multiprocessing.active_children()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises((RuntimeError, ConnectionResetError), match="worker|Connection reset"):
         for batch in iterator:
             found.append(batch)
             if len(found) == 3:
