@@ -27,8 +27,9 @@ _MIN_BATCHES = 20
 class Running:
     """Owns what was learned from the windows delivered so far. Windows are absorbed in their order."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, speaks: bool = True) -> None:
         self._settings = settings
+        self._speaks = speaks
         self.temperature = RunningTemperature(settings.temperature, settings.level)
         self.sums = WeightSums()
         self.num_seen = 0
@@ -73,7 +74,7 @@ class Running:
             )
 
     def _tell(self, name: str, message: str) -> None:
-        if name not in self._told:
+        if self._speaks and name not in self._told:
             self._told.add(name)
             _logger.warning(message)
 

@@ -85,7 +85,7 @@ def split_by_rank(dataset: _DatasetT, process_group: Ranks = None) -> _DatasetT:
     from datasets.distributed import split_dataset_by_node
 
     world = world_of(process_group)
-    if huggingface.NAME in names and _speaks(world):
+    if huggingface.NAME in names and world.speaks:
         num_shards: int = dataset.num_shards  # type: ignore[attr-defined]
         if num_shards % world.world_size:
             _logger.warning(
@@ -112,7 +112,7 @@ class ShardsOfRank:
         num_workers, is_first = (1, True) if worker is None else (worker.num_workers, worker.id == 0)
         shards = iter(shards)
         first = list(itertools.islice(shards, self._world.world_size * num_workers))
-        if is_first and _speaks(self._world) and not self._has_told:
+        if is_first and self._world.speaks and not self._has_told:
             self._has_told.fill_(True)
             _tell_of_few(len(first), self._world.world_size, num_workers)
         return self._world.shard(itertools.chain(first, shards))
@@ -125,11 +125,6 @@ def world_of(process_group: Ranks) -> World:
     if not (dist.is_available() and dist.is_initialized()):
         _tell_of_launcher(os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0"))
     return World.of(process_group)
-
-
-def _speaks(world: World) -> bool:
-    """Whether this process tells what concerns all of them."""
-    return world.rank == 0 and world.is_first_peer
 
 
 def _tell_of_few(num_shards: int, world_size: int, num_workers: int) -> None:

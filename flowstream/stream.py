@@ -149,7 +149,6 @@ class FlowStream(IterableDataset[Any]):
         self._scorer = scorer
         self._cache = open_cache(cache)
         self._progress = Progress() if progress else None
-        self._running = Running(self._settings)
         self._reader = ReadAhead(source_of(loader))
         self._epoch = 0
         self._forwarded_epoch = 0
@@ -160,6 +159,7 @@ class FlowStream(IterableDataset[Any]):
         self._has_told = False
         self._reference: str | None = None
         self._meetings = Meetings(world_of(process_group), self._settings, timeout=timeout)
+        self._running = Running(self._settings, speaks=self._meetings.world.speaks)
         self._length = agreed_length(loader, self._settings, self._meetings) if self._meetings.are_several else None
         self._elastic = reshardable(loader) if self._settings.sampler is None else None
 
@@ -376,7 +376,7 @@ class FlowStream(IterableDataset[Any]):
                 "the loader is an iterator that has been read from: a state can be resumed only from its beginning"
             )
         loaded = states.on_cpu(state)
-        running = Running(self._settings)
+        running = Running(self._settings, speaks=world.speaks)
         running.load_state_dict(*loaded["running"], strict=strict)
         running.num_delivered = loaded["num_delivered"]
         running.tau = running.temperature.settled_tau or math.nan

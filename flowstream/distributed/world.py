@@ -85,6 +85,11 @@ class World:
         return self.global_rank == self.peers[0]
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process tells what concerns all of them."""
+        return self.rank == 0 and self.is_first_peer
+
+    @property
     def has_peers(self) -> bool:
         """Whether other processes read the same data."""
         return len(self.peers) > 1
