@@ -143,8 +143,6 @@ class Window(Protocol):
     score_seconds: float
     num_seen: int
     """Samples pulled for it."""
-    num_kept: int
-    """Those that were drawn, in this window or a later one; all, in weight mode."""
     num_left: int
     """Samples scored and not delivered, where the ranks stop together."""
     next_index: int

@@ -43,7 +43,6 @@ class WeightedWindow:
         self.cost = Cost()
         self.score_seconds = 0.0
         self.num_seen = 0
-        self.num_kept = 0
         self.num_left = 0
         self.num_taken = 0
         self.content = ""
@@ -250,9 +249,7 @@ class WeightedWindow:
         self.sums = sum_up(fresh, self._weight[which])
         self._losses = losses
         self.content = content_of(self._pulled, settings)
-        self.num_seen = self.num_kept = sum(
-            len(score.loss) for score, counts in zip(scores, is_fresh, strict=True) if counts
-        )
+        self.num_seen = sum(len(score.loss) for score, counts in zip(scores, is_fresh, strict=True) if counts)
         self._scores = scores
 
     def _temperature_of(self, losses: Losses) -> float | list[float]:

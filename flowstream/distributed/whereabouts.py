@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # both are documented
@@ -256,7 +257,7 @@ class Whereabouts:
         seen, closed = self.fates(), dict[int, str]()
         while True:
             for rank in sorted(silent):
-                saw, how = self._ask(lambda store, rank=rank: _heard(store, rank))  # type: ignore[misc]
+                saw, how = self._ask(partial(_heard, rank=rank))
                 if how is not None:
                     closed[rank] = how
                 if saw is not None:
@@ -268,7 +269,7 @@ class Whereabouts:
                 break
             time.sleep(0.05)
         fates = fates or dict.fromkeys(silent, blame.SILENT)
-        places = {rank: self._ask(lambda store, rank=rank: _place(store, rank)) for rank in fates}  # type: ignore[misc]
+        places = {rank: self._ask(partial(_place, rank=rank)) for rank in fates}
         return blame.lost(self._names, fates, places, reason, timeout)
 
     def _without_store(self, error: StoreError, seconds: float) -> Verdict:
