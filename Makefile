@@ -57,6 +57,8 @@ clean:
 .venv/test.done: .venv/demo.done
 	$(PIP) --editable '.[datasets,torchdata]'
 	$(PIP) --editable '.[accelerate,peft,trl]'
+	$(PIP) --editable '.[lightning]'
+	$(PIP) --editable '.[train]'
 	$(PIP) --editable '.[test]'
 	touch $@
 

@@ -10,6 +10,7 @@ from flowstream.distributed.message import UnevenError
 from flowstream.distributed.rank_error import RankError
 from flowstream.elastic import merge_states
 from flowstream.elastic_sampler import ElasticDistributedSampler
+from flowstream.guard import check_weights_used
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
 from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
@@ -54,6 +55,7 @@ __all__ = [
     "UnevenError",
     "Uniform",
     "WindowMedian",
+    "check_weights_used",
     "load_state",
     "merge_states",
     "register_source",

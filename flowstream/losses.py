@@ -19,7 +19,12 @@ _IGNORED = -100
 
 
 def weighted_lm_loss(
-    logits: Tensor, labels: Tensor, weight: Tensor, *, denominator: str | float | Tensor = "tokens"
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    *,
+    denominator: str | float | Tensor = "tokens",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Weighted next-token loss, Σ_i w_i Σ_t nll_it / denominator: a 0-d fp32 tensor, in nats.
 
@@ -32,6 +37,9 @@ def weighted_lm_loss(
     2502.02797; `"weights"`, Σ w_i n_i with n_i those of sample i; `"samples"`, the rows with a labelled token; or a
     number or 0-d tensor. All are clamped above 0. **The mean over ranks or micro-batches is exact only with a given
     denominator**: `flow_denominator`, from `accumulate=k` and `include=("denominator",)`.
+
+    label_smoothing: the share ε of a target that is spread evenly over all classes, as in `F.cross_entropy`. It is the
+    training's; the reference scores without.
 
     Raises ValueError for shapes that do not fit and, where labels are on the CPU, for labels outside the vocabulary.
     Labels on a GPU cost one synchronisation; left on the CPU, with the weight, they cost none. Where logits are too
@@ -47,17 +55,22 @@ def weighted_lm_loss(
         )
     # Labels move to the logits that predict them: cutting the logits instead would copy them all.
     following, weights = next_tokens(labels, weight)
-    return _weighted_loss(logits, following, weights, denominator)
+    return _weighted_loss(logits, following, weights, denominator, label_smoothing)
 
 
 def weighted_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor, *, denominator: str | float | Tensor = "samples"
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    denominator: str | float | Tensor = "samples",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Weighted cross-entropy without a shift, Σ w·nll / denominator: a 0-d fp32 tensor, in nats.
 
     logits [B, C] with target [B] and weight [B]; or logits [B, T, C] (decoder labels, token classification) with target
     [B, T] and weight [B] or [B, T]. Targets are integers, -100 where ignored, or probabilities of the logits' shape.
-    What is read, dtypes and gradients are as in `weighted_lm_loss`.
+    What is read, dtypes, gradients and `label_smoothing` are as in `weighted_lm_loss`.
 
     denominator: `"samples"`, the samples with a target: for target [B], none ignored, this is mean(w·ℓ), as in the
     official vision code of arXiv 2502.02797; `"tokens"`, the targets not ignored; `"weights"`, the sum of their
@@ -80,7 +93,8 @@ def weighted_cross_entropy(
             f"target has shape {list(target.shape)} and dtype {target.dtype} for logits {list(logits.shape)}; class "
             "numbers are integers without the last dimension, probabilities are floating with it"
         )
-    return _weighted_loss(logits, target, _spread(weight, target[..., 0] if soft else target), denominator)
+    weights = _spread(weight, target[..., 0] if soft else target)
+    return _weighted_loss(logits, target, weights, denominator, label_smoothing)
 
 
 def _spread(weight: Tensor, like: Tensor) -> Tensor:
@@ -129,11 +143,13 @@ def keep(target: Tensor, weight: Tensor, denominator: str | float | Tensor, num_
     return Kept(_place(kept, like), _place(picked, like), _place(weight.flatten()[kept], like), divisor)
 
 
-def _weighted_loss(logits: Tensor, target: Tensor, weight: Tensor, denominator: str | float | Tensor) -> Tensor:
+def _weighted_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, denominator: str | float | Tensor, label_smoothing: float
+) -> Tensor:
     """logits [..., C]; target [...] integer, or [..., C] probabilities; weight [...] fp32 on the target's device."""
     kept = keep(target, weight, denominator, logits.shape[-1], logits)
     rows = logits.reshape(-1, logits.shape[-1]).index_select(0, kept.index)
-    nll = F.cross_entropy(rows.float(), kept.target, reduction="none")
+    nll = F.cross_entropy(rows.float(), kept.target, reduction="none", label_smoothing=label_smoothing)
     return (kept.weight * nll).sum() / kept.divisor
 
 

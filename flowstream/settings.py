@@ -127,12 +127,13 @@ class Settings:
 def window_size(settings: Settings, num_samples: int, num_bytes: int) -> int:
     """Batches in a window, from the first batch: its samples and its bytes.
 
-    "auto": at least 256 samples and 8 batches, unless the three windows that are held (pulled, scored, delivered)
-    would then exceed `max_window_bytes`; a multiple of `accumulate`.
+    "auto": at least 256 samples, 8 batches and two optimizer steps (trainers pull all micro-batches of one at once),
+    unless the three windows that are held (pulled, scored, delivered) would then exceed `max_window_bytes`; a multiple
+    of `accumulate`.
     """
     if settings.window != "auto":
         return settings.window
-    wanted = max(8, -(-256 // max(num_samples, 1)))
+    wanted = max(8, -(-256 // max(num_samples, 1)), 2 * settings.accumulate)
     candidates = 1 if settings.sampler is None else 3  # about 2.5 candidates a delivered sample
     affordable = settings.max_window_bytes // max(3 * candidates * num_bytes, 1)
     if affordable >= wanted:

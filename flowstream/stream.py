@@ -65,7 +65,7 @@ class FlowStream(IterableDataset[Any]):
         include: any of "loss", "tau", "index", "denominator", "weight", each as `flow_…` beside the weight:
             `flow_loss` [B] (or of the weight's shape), `flow_tau` 0-d, `flow_index` [B] int64 (position in the rank's
             stream), `flow_denominator` 0-d. With "pair" they come as a third element, a dict.
-        window: batches that are scored as a whole, or "auto": at least 256 samples and 8 batches.
+        window: batches that are scored as a whole, or "auto": at least 256 samples, 8 batches and 2 · `accumulate`.
         max_window_bytes: what "auto" lets the three windows held take.
         accumulate: micro-batches a step, k. `flow_denominator` is then the number of labelled tokens (of a classifier
             labelled samples, of a function all) in the k batches that share a step on all ranks, divided by the number
@@ -198,6 +198,11 @@ class FlowStream(IterableDataset[Any]):
     def epoch(self) -> int:
         """The epoch that the last batch came from, or that the next one begins."""
         return self._epoch
+
+    @property
+    def end_of_epoch(self) -> bool:
+        """Whether the batch that `next()` returned last is its epoch's last one."""
+        return self._active is not None and self._active.finished
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next `iter()` begin this epoch. Forwarded to the loader, its sampler and its data set.

@@ -110,9 +110,14 @@ def draws_of(loader: DataLoader[Any]) -> Draws:
 
 
 def _is_unseeded(loader: DataLoader[Any]) -> bool:
-    """Whether a sampler draws from torch's global generator: one that has a place for a generator, and none in it."""
+    """Whether a sampler draws from torch's global generator: one that has a place for a generator, and none in it.
+
+    accelerate's `SeedableRandomSampler` makes its own when it is first asked, from its `initial_seed` and the epoch.
+    """
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    return any(getattr(sampler, "generator", 0) is None for sampler in samplers)
+    return any(
+        getattr(sampler, "generator", 0) is None and not hasattr(sampler, "initial_seed") for sampler in samplers
+    )
 
 
 def _caveat_of(loader: DataLoader[Any]) -> str:

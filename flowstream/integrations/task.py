@@ -1,0 +1,93 @@
+"""What a Hugging Face model is trained for: which scorer reads its batches, and which loss weights them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
+from flowstream.scoring import CausalLMScorer, ClassifierScorer, Seq2SeqLMScorer
+from flowstream.scoring.adapters import layers_of, unwrapped
+from flowstream.scoring.reference import TrainedAdapters
+
+Task = Literal["causal language model", "encoder-decoder", "classifier"]
+
+_SCORERS: dict[Task, type[CausalLMScorer | Seq2SeqLMScorer | ClassifierScorer]] = {
+    "causal language model": CausalLMScorer,
+    "encoder-decoder": Seq2SeqLMScorer,
+    "classifier": ClassifierScorer,
+}
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+
+
+def task_of(model: nn.Module) -> Task:
+    """What the model's own loss is. `ValueError` where flowstream has none for it."""
+    base = bare(model)
+    config, kind = getattr(base, "config", None), getattr(base, "loss_type", None)
+    takes = inspect.signature(base.forward).parameters
+    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    if kind in ("ForCausalLM", "ForConditionalGeneration") and "input_ids" in takes:
+        return "causal language model"
+    if kind in _CLASSIFIERS and getattr(config, "problem_type", None) in (None, "single_label_classification"):
+        return "classifier"
+    raise ValueError(
+        f"{type(base).__name__} is no causal language model, encoder-decoder or single-label classifier, whose losses "
+        'flowstream knows how to weight: take mode="resample" with a scorer of your own (fs.FunctionScorer), or a '
+        "training loop of your own around fs.FlowStream"
+    )
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without what PEFT has put around it."""
+    while (base := unwrapped(model)) is not None:
+        model = base
+    return model
+
+
+def scorer_of(
+    model: nn.Module,
+    reference: str | os.PathLike[str],
+    *,
+    device: torch.device | None = None,
+    trained_adapters: TrainedAdapters = "refuse",
+) -> CausalLMScorer | Seq2SeqLMScorer | ClassifierScorer:
+    """A scorer for the model's batches; `reference` as in `FlowConfig`. A copy, or what is loaded, goes to `device`.
+
+    Raises:
+        ValueError: "base" of a model without adapters; a model that no scorer is for.
+    """
+    kind = _SCORERS[task_of(model)]
+    if reference not in ("initial", "base"):
+        return kind.from_pretrained(os.fspath(reference), device=device)
+    if layers_of(list(model.modules())):
+        return kind(model, trained_adapters=trained_adapters)
+    if reference == "base":
+        raise ValueError(
+            'reference is "base", and the model has no adapters that could be turned off: wrap it with PEFT first, or '
+            'take reference="initial", a frozen copy'
+        )
+    return kind(model, copy=True, device=device)
+
+
+def weighted_loss(
+    task: Task, outputs: Any, labels: Tensor, weight: Tensor, *, denominator: Any, label_smoothing: float = 0.0
+) -> Tensor:
+    """The weighted loss of a model's outputs, 0-d fp32, in nats a token or sample.
+
+    `denominator`: labelled tokens or samples, over all that share the step; `None`: of this batch.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    options = {"label_smoothing": label_smoothing}
+    if task == "causal language model":
+        return weighted_lm_loss(logits, labels, weight, denominator=_or(denominator, "tokens"), **options)
+    own = "samples" if task == "classifier" else "tokens"
+    return weighted_cross_entropy(logits, labels, weight, denominator=_or(denominator, own), **options)
+
+
+def _or(denominator: Any, own: str) -> Any:
+    return own if denominator is None else denominator

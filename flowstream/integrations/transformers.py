@@ -1,0 +1,212 @@
+"""FLOW in transformers' `Trainer`, and in trainers built on it: `class MyTrainer(FlowTrainerMixin, Trainer)`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from flowstream.checkpoint import load_state, save_state
+from flowstream.guard import check_weights_used
+from flowstream.integrations.config import FlowConfig
+from flowstream.integrations.step_loss import StepLoss, step_loss_of
+from flowstream.integrations.stream_loader import StreamLoader
+from flowstream.integrations.task import scorer_of
+from flowstream.stream import FlowStream
+
+if TYPE_CHECKING:  # what it is mixed into
+    _Base = Trainer
+else:
+    _Base = object
+
+_WEIGHT = "flow_weight"
+
+
+class FlowTrainerMixin(_Base):
+    """Weights or resamples the training data of a Hugging Face trainer by FLOW.
+
+    >>> class MyTrainer(FlowTrainerMixin, Trainer): ...  # doctest: +SKIP
+    >>> trainer = MyTrainer(model, args, train_dataset=dataset, flow=FlowConfig(mode="weight"))  # doctest: +SKIP
+
+    The trainer's own loader is wrapped. In weight mode weights and labels are taken out of the batch before the
+    forward, and the loss is Σ w·nll / N, with N the `num_items_in_batch` of the trainer: right under accumulation, over
+    ranks with `average_tokens_across_devices`, and with label smoothing, which scoring leaves out. The first step
+    checks that the loss changes with the weights. In resample mode nothing but the loader changes; an epoch then has no
+    length: give `max_steps`. Evaluation is left alone. A checkpoint has the stream's state of every rank, and
+    `resume_from_checkpoint` goes on with the same samples and weights. What `FlowStream.metrics` tells is logged with
+    the loss.
+
+    Args:
+        flow: a `FlowConfig`; all else as in the trainer.
+
+    Raises:
+        ValueError: a model or loss whose samples cannot be weighted, with the remedy; what a `FlowStream` raises.
+    """
+
+    flow_stream: FlowStream | None = None
+    """The stream of the training in hand."""
+
+    def __init__(self, *args: Any, flow: FlowConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._flow = flow or FlowConfig()
+        # Before a checkpoint is loaded: the reference is what fine-tuning begins with.
+        assert self.model is not None  # or Trainer would have raised
+        self._flow_scorer = self._flow.scorer or scorer_of(
+            self.model, self._flow.reference, device=self.args.device, trained_adapters=self._flow.trained_adapters
+        )
+        self._flow_loss: StepLoss | None = None
+        if self._flow.is_weighted:
+            _refuse_data_parallel(self.args)
+            self._flow_loss = step_loss_of(self, FlowTrainerMixin)
+        self._flow_loader: StreamLoader | None = None
+        self._flow_to_check = self._flow.is_weighted and self._flow.check_weights
+        self._flow_in_step = False
+
+    # -- the loader --------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own loader, with a stream around it."""
+        accelerator = self.accelerator
+        # Batches wait on the CPU, where they are read for scoring; the trainer moves them when it trains on them.
+        placement, accelerator.device_placement = accelerator.device_placement, False
+        try:
+            inner = super().get_train_dataloader()
+        finally:
+            accelerator.device_placement = placement
+        if self.flow_stream is not None:
+            self.flow_stream.close()
+        stream = self._flow.stream(inner, self._flow_scorer, accumulate=self.args.gradient_accumulation_steps)
+        self.flow_stream = stream
+        self._flow_loader = StreamLoader(stream, inner, is_endless=_length(stream) is None)
+        return self._flow_loader
+
+    # -- the loss ----------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The trainer's, after the first step's check of the weights."""
+        if self._flow_to_check:
+            self._check_weights(model, inputs, num_items_in_batch)
+        self._flow_in_step = True
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._flow_in_step = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted loss of a training batch; the trainer's own loss of any other."""
+        if self._flow_loss is None or (_WEIGHT not in inputs and not self._flow_in_step):
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if _WEIGHT not in inputs:
+            raise ValueError(
+                f"a training batch has reached the loss without {_WEIGHT}, only with {sorted(inputs)}: a method that "
+                f"{type(self).__name__} overrides has dropped it (get_train_dataloader, _prepare_inputs, …)"
+            )
+        inputs = dict(inputs)
+        weight = inputs.pop(_WEIGHT)
+        loss, outputs = self._flow_loss(super().compute_loss, model, inputs, weight, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_weights(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
+        """`ValueError`, with who dropped them, unless the loss of the first batch changes with its weights."""
+        model.train()
+        self._flow_in_step = True
+        try:
+            with self.compute_loss_context_manager(), _uncounted(self):
+                was_checked = check_weights_used(
+                    lambda batch: self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch),
+                    self._prepare_inputs(inputs),
+                    key=_WEIGHT,
+                    model=model,
+                    name=f"{_definer(self, 'compute_loss')}.compute_loss",
+                )
+        finally:
+            self._flow_in_step = False
+        # Every rank runs as many forwards as the others, so one whose first batch cannot tell does not try again.
+        self._flow_to_check = not was_checked and self.accelerator.num_processes == 1
+
+    # -- checkpoints and logs ----------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.flow_stream is not None:
+            rank, world_size = self.args.process_index, self.args.world_size
+            save_state(self.flow_stream, output_dir, step=self.state.global_step, rank=rank, world_size=world_size)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        loader, args = self._flow_loader, self.args
+        if checkpoint is None or loader is None or args.ignore_data_skip:
+            return
+        if load_state(loader.stream, checkpoint, rank=args.process_index, world_size=args.world_size) is None:
+            raise ValueError(
+                f"{checkpoint} has no state of flowstream: it was saved by another trainer, or with save_only_model. "
+                "To begin the data anew, with the model from there, set ignore_data_skip=True"
+            )
+        num_delivered = loader.stream.state_dict()["num_delivered"]
+        step, accumulate = self.state.global_step, args.gradient_accumulation_steps
+        epoch, skipped = 0, step * accumulate
+        if (length := _length(loader)) is not None:
+            epoch, steps = divmod(step, -(-length // accumulate))
+            skipped = steps * accumulate
+        if epoch * (length or 0) + skipped != num_delivered:
+            raise ValueError(
+                f"{checkpoint} is of step {step}, where {num_delivered} batches had been delivered on this rank, and "
+                f"now it would be {epoch * (length or 0) + skipped}: the data, the batch size, the accumulation or the "
+                "number of ranks has changed. Leave them as they were, or begin the data anew: ignore_data_skip=True"
+            )
+        loader.num_skipped = skipped
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's, with the stream's metrics beside the training loss."""
+        if self.flow_stream is not None and "loss" in logs:
+            logs |= {name: value for name, value in self.flow_stream.metrics().items() if math.isfinite(value)}
+        super().log(logs, *args, **kwargs)
+
+
+class FlowTrainer(FlowTrainerMixin, Trainer):
+    """transformers' `Trainer` with `flow=FlowConfig(…)`: see `FlowTrainerMixin`."""
+
+
+def _refuse_data_parallel(args: Any) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process with {args.n_gpu} GPUs trains with DataParallel, which tears batches apart: start a process "
+            "for each (torchrun --nproc-per-node, accelerate launch), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _length(loader: FlowStream | StreamLoader) -> int | None:
+    """Batches an epoch; `None` where nobody can tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _definer(trainer: object, method: str) -> str:
+    """The name of the class whose method is called."""
+    return next(kind.__name__ for kind in type(trainer).__mro__ if method in vars(kind))
+
+
+@contextmanager
+def _uncounted(trainer: object) -> Iterator[None]:
+    """What a trainer counts for its log while it computes a loss (TRL's does) is put back."""
+    counts = vars(trainer).keys() & {"_metrics", "_total_train_tokens"}
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in counts}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
