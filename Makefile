@@ -38,6 +38,7 @@ bench: .venv/test.done
 	$(BIN)/python benchmarks/temperature.py
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/trainers.py
 	$(BIN)/python benchmarks/gpu_overlap.py
 
 clean:
