@@ -1,12 +1,9 @@
 """The report's figures, each drawn from `Results` as a piece of SVG that needs nothing from outside."""
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -14,19 +11,19 @@ from flowstream.demo.feeds import BASELINE, METHODS
 from flowstream.demo.frontier import Frontier, envelope
 from flowstream.demo.problems import LEVELS
 from flowstream.demo.results import Results, RunResult
+from flowstream.report.svg import PALETTE, svg
 
 COLOURS = {
-    "standard": "#222222",
-    "exact": "#0072b2",
-    "weighted": "#009e73",
-    "resampled": "#d55e00",
-    "permuted": "#cc79a7",
-    "subsampled": "#e69f00",
+    "standard": PALETTE["black"],
+    "exact": PALETTE["blue"],
+    "weighted": PALETTE["green"],
+    "resampled": PALETTE["vermilion"],
+    "permuted": PALETTE["purple"],
+    "subsampled": PALETTE["orange"],
 }
-"""Okabe and Ito's palette, which the colour-blind can tell apart."""
 
 _MARKERS = {"standard": "o", "exact": "s", "weighted": "D", "resampled": "^", "permuted": "v", "subsampled": "P"}
-_LEVEL_COLOURS = ("#56b4e9", "#009e73", "#e69f00", "#d55e00")
+_LEVEL_COLOURS = tuple(PALETTE[name] for name in ("sky", "green", "orange", "vermilion"))
 
 
 def retention_figure(results: Results) -> str:
@@ -58,7 +55,7 @@ def retention_figure(results: Results) -> str:
         panel.set(title=f"seed {seed}", xlabel="target loss on validation (nats a token)")
     panels[0].set_ylabel("loss on held-out pre-training text (nats a token)")
     panels[-1].legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def gain_figure(results: Results) -> str:
@@ -82,7 +79,7 @@ def gain_figure(results: Results) -> str:
         panel.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
         panel.set(title=title, xlabel="nats a token retained above standard's curve")
     panels[0].invert_yaxis()
-    return _svg(figure)
+    return svg(figure)
 
 
 def tau_figure(results: Results) -> str:
@@ -104,7 +101,7 @@ def tau_figure(results: Results) -> str:
     )
     left.legend(frameon=False, fontsize=8)
     right.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def loss_figure(results: Results) -> str:
@@ -120,7 +117,7 @@ def loss_figure(results: Results) -> str:
     grid = np.linspace(min(map(np.min, losses)), max(map(np.max, losses)), 100)
     weights.plot(grid, np.exp(-grid / results.temperature.exact), color="#222222", lw=1.6)
     weights.set(ylabel="weight, exp(-f/τ)", ylim=(0, 1))
-    return _svg(figure)
+    return svg(figure)
 
 
 def pretraining_figure(results: Results) -> str:
@@ -132,7 +129,7 @@ def pretraining_figure(results: Results) -> str:
     means = losses[: len(losses) // width * width].reshape(-1, width).mean(axis=1)
     panel.plot((np.arange(len(means)) + 1) * width, means, color=COLOURS["standard"])
     panel.set(xlabel="step", ylabel="pre-training loss (nats a token)")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _losses(runs: Sequence[RunResult]) -> tuple[Any, Any]:
@@ -142,13 +139,3 @@ def _losses(runs: Sequence[RunResult]) -> tuple[Any, Any]:
 
 def _styles() -> list[str]:
     return ["-", "--", "-.", ":"]
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element: no prologue, no metadata, no fixed size, the page's own fonts."""
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flowstream"}):
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = target.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)

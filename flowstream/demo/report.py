@@ -7,9 +7,9 @@ from pathlib import Path
 
 from flowstream.demo import figures
 from flowstream.demo.feeds import BASELINE, METHODS
-from flowstream.demo.page import narrow, page, pairs, table, text
 from flowstream.demo.results import Results
 from flowstream.demo.summary import spread_of_weights, summary_rows, verdict
+from flowstream.report.page import narrow, page, pairs, sample, table, text
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -137,10 +137,12 @@ def _costs(results: Results) -> Iterable[str]:
 
 def _problems(results: Results) -> Iterable[str]:
     yield "<h2>The easiest and the hardest problems</h2>"
-    for sample in results.samples:
-        yield (
-            f"<div class='problem'><p><b>{text(sample.level)}</b>, loss {sample.loss:.2f}, weight {sample.weight:.2f}: "
-            f"{text(sample.question)}</p><pre>{text(sample.worked)}</pre><pre>{text(sample.decoded)}</pre></div>"
+    for problem in results.samples:
+        yield sample(
+            f"<b>{text(problem.level)}</b>, loss {problem.loss:.2f}, weight {problem.weight:.2f}: "
+            f"{text(problem.question)}",
+            problem.worked,
+            problem.decoded,
         )
     yield (
         "<p>Left the worked answer; right what the model writes after standard fine-tuning (its chosen point, first "

@@ -34,11 +34,11 @@ class Estimate:
         return self.weight_bytes + self.activation_bytes + self.head_bytes
 
     def __str__(self) -> str:
-        weights = _size(self.weight_bytes) if self.weight_bytes else "none (the model's own base)"
+        weights = size(self.weight_bytes) if self.weight_bytes else "none (the model's own base)"
         pool = ", in a pool of their own" if self.device.type == "cuda" else ""
         return (
             f"{self.num_parameters / 1e6:,.1f} M parameters on {self.device}; memory: weights {weights}, micro-batches "
-            f"{_size(self.activation_bytes)}, losses {_size(self.head_bytes)}{pool}; operations: "
+            f"{size(self.activation_bytes)}, losses {size(self.head_bytes)}{pool}; operations: "
             f"+{self.share_of_training:.0%} of training's on the tokens that are not in the cache, without padding"
         )
 
@@ -55,13 +55,14 @@ def estimate(reference: Reference, num_tokens: int, head_bytes: int) -> Estimate
         device=reference.device,
         num_parameters=sum(p.numel() for p in tensors.values()),
         weight_bytes=0 if reference.adapted and not reference.copied else sum(p.nbytes for p in tensors.values()),
-        activation_bytes=num_tokens * _bytes_a_token(reference.config, reference.dtype.itemsize),
+        activation_bytes=num_tokens * bytes_a_token(reference.config, reference.dtype.itemsize),
         head_bytes=head_bytes,
         share_of_training=1 / 2 if reference.adapted else 1 / 3,
     )
 
 
-def _bytes_a_token(config: Any, itemsize: int) -> int:
+def bytes_a_token(config: Any, itemsize: int) -> int:
+    """What a decoder layer holds of each token, at its widest."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = _number(config, "hidden_size", "n_embd", "d_model")
     inner = _number(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * hidden
@@ -72,5 +73,6 @@ def _number(config: Any, *names: str) -> int:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
 
 
-def _size(num_bytes: int) -> str:
+def size(num_bytes: int) -> str:
+    """Bytes, as one reads them."""
     return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"

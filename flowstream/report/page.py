@@ -23,9 +23,10 @@ th { color: #555; font-weight: 600; vertical-align: bottom; }
 pre {
   background: #f6f6f4; padding: .7rem .9rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; margin: .3rem 0;
 }
-.problem { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin-bottom: 1.4rem; }
-.problem > * { min-width: 0; }
-.problem > p { grid-column: 1 / -1; margin: 0; }
+.sample { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin-bottom: 1.4rem; }
+.sample > * { min-width: 0; }
+.sample > pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.sample > p { grid-column: 1 / -1; margin: 0; }
 """
 
 
@@ -58,3 +59,8 @@ def pairs(values: Mapping[str, object]) -> str:
 def narrow(svg: str) -> str:
     """A figure that would be too large at full width."""
     return svg.replace("<svg ", "<svg class='narrow' ", 1)
+
+
+def sample(caption: str, left: str, right: str) -> str:
+    """Two texts side by side under a caption, which is a piece of the page; the texts are escaped."""
+    return f"<div class='sample'><p>{caption}</p><pre>{text(left)}</pre><pre>{text(right)}</pre></div>"

@@ -1,0 +1,1 @@
+"""Pages that show a run or a data set: one HTML file each, which needs no network."""
