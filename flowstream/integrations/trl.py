@@ -21,7 +21,7 @@ class LogProbsLoss:
     """From the log-probabilities of the labels, beside everything that TRL counts.
 
     TRL forms its loss from them, unweighted, with metrics and a router's loss; what the weights change in it is added:
-    Σ (w - 1)·loss_t / N.
+    Σ (w - 1)·loss_t / N. Under label smoothing TRL reads logits, and so does this.
     """
 
     trainer: Any
@@ -31,9 +31,12 @@ class LogProbsLoss:
     ) -> tuple[Tensor, Any]:
         seen: list[Any] = []
 
-        def forward(**kwargs: Any) -> Any:
-            seen.append(model(**kwargs))
-            return seen[-1]
+        def forward(**given: Any) -> Any:
+            outputs = model(**given)
+            if not seen:  # the first is the one that is trained on
+                self._check(outputs, "log_probs" if given.get("fused_lm_head") else "logits")
+            seen.append(outputs)
+            return outputs
 
         trainer, labels = self.trainer, inputs["labels"]
         loss: Tensor = own(forward, inputs, num_items_in_batch=num_items)
@@ -41,17 +44,20 @@ class LogProbsLoss:
         if getattr(outputs, "log_probs", None) is not None:
             weights = next_tokens(labels, weight)[1][:, :-1]
             return loss + scale * _added_by_weights(outputs, weights, num_items, trainer.args.loss_type), outputs
-        if trainer.label_smoother is not None and getattr(outputs, "logits", None) is not None:
-            smoothing = trainer.args.label_smoothing_factor
-            loss = weighted_loss(
-                "causal language model", outputs, labels, weight, denominator=num_items, label_smoothing=smoothing
-            )
-            return scale * loss, outputs
-        raise ValueError(
-            f"{type(trainer).__name__} with loss_type={trainer.args.loss_type!r} shows neither logits nor "
-            'log-probabilities of the labels, so that its samples cannot be weighted: take loss_type="nll", or '
-            'mode="resample", which needs no weights'
+        smoothing = trainer.args.label_smoothing_factor
+        smoothed = weighted_loss(
+            "causal language model", outputs, labels, weight, denominator=num_items, label_smoothing=smoothing
         )
+        return scale * smoothed, outputs
+
+    def _check(self, outputs: Any, name: str) -> None:
+        if getattr(outputs, name, None) is None:
+            shown = ", ".join(outputs.keys()) if isinstance(outputs, dict) else type(outputs).__name__
+            raise ValueError(
+                f"the model of {type(self.trainer).__name__} shows no {name} of its labels (only {shown}), from which "
+                "the loss of each sample would be weighted: leave its forward as SFTTrainer has made it, or take "
+                'mode="resample", which needs no weights'
+            )
 
 
 def _added_by_weights(outputs: Any, weights: Tensor, num_items: Any, loss_type: str) -> Tensor:
@@ -60,7 +66,8 @@ def _added_by_weights(outputs: Any, weights: Tensor, num_items: Any, loss_type: 
     if log_probs.shape != weights.shape:
         raise ValueError(
             f"the model gives log-probabilities of shape {list(log_probs.shape)} for weights of {list(weights.shape)}: "
-            "with prompt tuning its rows are longer than the batch's. Take LoRA, or mode='resample'"
+            "prompt tuning lengthens the rows, sequence parallelism cuts them. Take LoRA, and whole rows, or "
+            'mode="resample", which needs no weights'
         )
     losses = -log_probs
     if loss_type == "dft":
@@ -70,4 +77,7 @@ def _added_by_weights(outputs: Any, weights: Tensor, num_items: Any, loss_type: 
 
 
 class FlowSFTTrainer(FlowTrainerMixin, SFTTrainer):
-    """TRL's `SFTTrainer` with `flow=FlowConfig(…)`: see `FlowTrainerMixin`."""
+    """TRL's `SFTTrainer` with `flow=FlowConfig(…)`: see `FlowTrainerMixin`.
+
+    Padded batches have a weight a row; packed and padding-free ones one a document, at all its tokens.
+    """
