@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("image_classifier", "lora", "plain_pytorch", "resampling", "webdataset_llm")
+NAMES = ("accelerate_loop", "image_classifier", "lora", "plain_pytorch", "resampling", "webdataset_llm")
 OF_MANY_PROCESSES = ("fsdp2", "multi_node")
 """Run by tests/distributed/test_multi_node_example.py."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from torch.utils.data import IterableDataset
@@ -31,6 +33,7 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
         self, stream: FlowStream, inner: Any, *, is_endless: bool = False, place: Callable[[Any], Any] | None = None
     ) -> None:
         self.stream = stream
+        self.inner = inner
         self.gradient_state = GradientState()
         self.num_skipped = 0
         """Placeholders that stand, once, for the batches before the position resumed."""
@@ -47,7 +50,7 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
         try:
             while True:
                 is_empty = True
-                for batch in self.stream:
+                for batch in self._epoch():
                     is_empty = False
                     self.end_of_dataloader = self.stream.end_of_epoch and not self._is_endless
                     yield batch if self._place is None else self._place(batch)
@@ -55,6 +58,28 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
                     return
         finally:
             self.end()
+
+    def _epoch(self) -> Iterator[Any]:
+        """The batches of the stream's next epoch."""
+        batches = iter(self.stream)
+        with self._draws_of_its_own():
+            first = list(itertools.islice(batches, 1))
+        yield from itertools.chain(first, batches)
+
+    @contextmanager
+    def _draws_of_its_own(self) -> Iterator[None]:
+        """Lets a later epoch of an endless loader draw its workers' seeds beside torch's generator.
+
+        A trainer puts that generator back behind the batches that it passes over: where these end an epoch, it would
+        take back what the next one has drawn already.
+        """
+        number = self.stream.epoch + self.stream.end_of_epoch
+        if not self._is_endless or number == 0:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((torch.initial_seed() + number) % 2**63)
+            yield
 
     def __len__(self) -> int:
         """Batches an epoch on every rank; `TypeError` where nobody can tell."""

@@ -41,14 +41,15 @@ def accelerator_on(port: int) -> Any:
     return accelerator
 
 
-def stream_over(loader: Any) -> fs.FlowStream:
+def stream_over(loader: Any, **settings: Any) -> fs.FlowStream:
     scorer = fs.FunctionScorer(lambda batch: batch["loss"].float(), name="given")
-    return fs.FlowStream(loader, scorer, temperature=fs.RunningMedian(warmup_samples=16), window=4, cache=None)
+    settings |= {"temperature": fs.RunningMedian(warmup_samples=16), "window": 4, "cache": None}
+    return fs.FlowStream(loader, scorer, **settings)
 
 
 def pull_through_the_dispatcher(port: int) -> str:
     accelerator = accelerator_on(port)
-    stream = stream_over(DataLoader(Samples(), batch_size=BATCH))
+    stream = stream_over(DataLoader(Samples(), batch_size=BATCH), timeout=5.0)  # in place of 45 s for the first next()
     dispatcher = accelerator.prepare(DataLoader(stream, batch_size=None))
     next(iter(dispatcher))
     return type(dispatcher).__name__
