@@ -12,7 +12,15 @@ import torch
 import webdataset as wds
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("accelerate_loop", "image_classifier", "lora", "plain_pytorch", "resampling", "webdataset_llm")
+NAMES = (
+    "accelerate_loop",
+    "image_classifier",
+    "lightning_module",
+    "lora",
+    "plain_pytorch",
+    "resampling",
+    "webdataset_llm",
+)
 OF_MANY_PROCESSES = ("fsdp2", "multi_node")
 """Run by tests/distributed/test_multi_node_example.py."""
 
