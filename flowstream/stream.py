@@ -200,6 +200,11 @@ class FlowStream(IterableDataset[Any]):
         return self._epoch
 
     @property
+    def settings(self) -> Settings:
+        """What the stream was asked to do."""
+        return self._settings
+
+    @property
     def end_of_epoch(self) -> bool:
         """Whether the batch that `next()` returned last is its epoch's last one."""
         return self._active is not None and self._active.finished

@@ -70,7 +70,7 @@ class FlowCallback(Callback):
                 f"the stream was built before Lightning started its {trainer.world_size} ranks, and knows of one: "
                 "give a function that builds it, FlowCallback(lambda: fs.FlowStream(…))"
             )
-        settings, accumulate = self.stream._settings, trainer.accumulate_grad_batches
+        settings, accumulate = self.stream.settings, trainer.accumulate_grad_batches
         if "denominator" in settings.include and settings.accumulate != accumulate:
             raise ValueError(
                 f"the Trainer has accumulate_grad_batches={accumulate}, and flow_denominator counts the labels of "
@@ -88,7 +88,7 @@ class FlowCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """`ValueError` unless the loss of the first batch changes with its weights."""
-        is_weighted = self.stream._settings.sampler is None
+        is_weighted = self.stream.settings.sampler is None
         if not (self._to_check and is_weighted and pl_module.automatic_optimization):
             return  # a step of manual optimization cannot be tried
 
@@ -174,7 +174,7 @@ def _begin_next_epoch(trainer: Trainer) -> None:
 
 def _key_of_weights(stream: FlowStream, batch: Any) -> str | int:
     """Where `attach` has put the weights."""
-    settings = stream._settings
+    settings = stream.settings
     if settings.attach == "pair":
         return 1
     if isinstance(batch, tuple | list) and not hasattr(batch, "_fields"):

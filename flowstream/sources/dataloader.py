@@ -12,20 +12,25 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flowstream.sources import huggingface
 from flowstream.sources.base import Snapshot
-from flowstream.sources.counted import CountedSource
+from flowstream.sources.counted import CountedSource, Entrance
 from flowstream.sources.draws import Draws
 from flowstream.sources.replay import FromTheBeginning
 
 
 def source_of_dataloader(loader: DataLoader[Any]) -> CountedSource:
+    """It is counted, and entered as `entrance_of` says."""
+    return CountedSource(loader, entrance_of(loader))
+
+
+def entrance_of(loader: DataLoader[Any]) -> Entrance:
     """Over a map-style data set by its sampler; over an iterable one, or with its own `__iter__`, by replaying."""
     caveat = _caveat_of(loader)
     described: dict[str, Any] = {"batch_size": loader.batch_size}
     if isinstance(loader.dataset, IterableDataset):
         described |= {"num_workers": loader.num_workers} | huggingface.described(loader.dataset)
     elif type(loader).__iter__ is DataLoader.__iter__:
-        return CountedSource(loader, BySampler(loader, draws_of(loader), caveat, described))
-    return CountedSource(loader, FromTheBeginning(draws_of(loader), caveat, described))
+        return BySampler(loader, draws_of(loader), caveat, described)
+    return FromTheBeginning(draws_of(loader), caveat, described)
 
 
 class BySampler:
