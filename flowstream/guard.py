@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,11 @@ __all__ = ["check_weights_used"]
 
 _TOLERANCE = 1e-5
 """Relative: what a forward may differ by when it is run again. The weights are changed by a quarter at least."""
+
+_REMEDY = (
+    "Take them out of the batch and form the loss with fs.weighted_lm_loss, fs.weighted_cross_entropy or "
+    'fs.weighted_linear_cross_entropy; or take mode="resample", which needs no weights'
+)
 
 
 def check_weights_used(
@@ -29,7 +36,8 @@ def check_weights_used(
 
     A model that swallows unknown arguments, a collate function that keeps known columns only, a loss that never sees
     the weights: each trains without them, and raises nothing. Here `compute_loss` runs twice more on the batch, without
-    gradients and under the same random numbers, with two other weights a sample.
+    gradients and under the same random numbers, once with the weights and once with others. Ranks run it as often as
+    one another, whatever is in their batches.
 
     >>> batch = {"x": torch.ones(2, 3), "flow_weight": torch.tensor([0.5, 0.2])}
     >>> check_weights_used(lambda batch: (batch["x"].sum(dim=1) * batch["flow_weight"]).mean(), batch)
@@ -37,7 +45,7 @@ def check_weights_used(
 
     Args:
         compute_loss: from a batch to its loss, as the training step does it, without `backward()`. It may take fields
-            out of the batch: it gets a copy each time.
+            out of the batch, and change the weights: it gets a copy each time, which shares the other tensors.
         batch: as the stream delivers it.
         key: of the weights in the batch: a name, or a position in a tuple or list; with `attach="pair"`, give
             `(batch, weight)` and `key=1`.
@@ -48,7 +56,7 @@ def check_weights_used(
         False where this batch cannot tell: no sample has a weight, or nothing is labelled and the loss is 0.
 
     Raises:
-        ValueError: there are no weights in the batch, or the loss does not change with them.
+        ValueError: there are no weights in the batch, the loss does not change with them, or is not one number.
     """
     found = fields(batch)
     name = name or getattr(compute_loss, "__qualname__", None) or type(compute_loss).__name__
@@ -59,24 +67,31 @@ def check_weights_used(
             "loader after it, or let it pass the weights on"
         )
     weight = found[key]
-    if not isinstance(weight, Tensor) or not bool((weight > 0).any()):
-        return False
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{key!r} of the batch that reaches {name} is a {type(weight).__name__}: weights are a tensor")
 
-    def loss_with(changed: Tensor) -> float:
-        with torch.no_grad(), _buffers_put_back(model), torch.random.fork_rng(devices=_cuda_devices(weight)):
-            loss = compute_loss(mapped(batch, lambda leaf: changed if leaf is weight else leaf))
-        return float(loss.detach().float().sum())
+    def loss_with(factors: Tensor | float) -> float:
+        changed = weight * factors
+        with torch.no_grad(), _buffers_put_back(model), _random_numbers_put_back(weight):
+            try:
+                loss = compute_loss(mapped(batch, lambda leaf: changed if leaf is weight else leaf))
+            except TypeError as error:
+                if f"'{key}'" not in str(error):
+                    raise
+                raise ValueError(f"{name} hands the weights to what knows none: {error}. {_REMEDY}") from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(f"{name} gives {found}, and no loss: return a 0-d tensor")
+        return float(loss)
 
-    given, other = loss_with(weight), loss_with(weight * _factors(weight))
-    if given == other == 0:
+    given, other = loss_with(1.0), loss_with(_factors(weight))
+    if given == other == 0 or not bool((weight > 0).any()):
         return False
     if abs(given - other) <= _TOLERANCE * max(abs(given), abs(other)):
         raise ValueError(
             f"{name} does not use the weights: its loss is {given:.6g} with them, and {other:.6g} with others. They "
             "are not multiplied into the loss (a model's own loss ignores them without a word), or divided out again "
-            "(by the batch's own sum of weights). Form the loss with fs.weighted_lm_loss, "
-            'fs.weighted_cross_entropy or fs.weighted_linear_cross_entropy, or take mode="resample", which needs no '
-            "weights"
+            f"(by the batch's own sum of weights). {_REMEDY}"
         )
     return True
 
@@ -100,8 +115,19 @@ def _buffers_put_back(model: nn.Module | None) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextmanager
+def _random_numbers_put_back(like: Tensor) -> Iterator[None]:
+    """torch's on the CPU, the current device and that of `like`, numpy's and Python's."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(like)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
 def _cuda_devices(like: Tensor) -> list[int]:
-    """Whose random numbers are put back beside the CPU's: those of the current device, and of the weights'."""
     if not torch.cuda.is_available():
         return []
     devices = {torch.cuda.current_device()}

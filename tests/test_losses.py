@@ -125,6 +125,38 @@ def test_losses_are_fp32_whatever_the_dtype_of_the_logits(dtype):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("denominator", DENOMINATORS, ids=str)
+def test_label_smoothing_equals_torchs(smoothing, denominator):
+    logits, labels, weight = make()
+    for shift in (True, False):
+        loss_of = weighted_lm_loss if shift else weighted_cross_entropy
+        loss = loss_of(logits, labels, weight, denominator=denominator, label_smoothing=smoothing)
+        ends = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+        nll = F.cross_entropy(ends[0].double().transpose(1, 2), ends[1], reduction="none", label_smoothing=smoothing)
+        weights, labelled = weight[:, None].double().expand_as(ends[1]), ends[1] != -100
+        named = {"tokens": labelled.sum(), "samples": labelled.any(1).sum(), "weights": (weights * labelled).sum()}
+        divisor = named[denominator] if isinstance(denominator, str) else denominator
+        check(loss, (nll * weights).sum() / divisor, logits)
+    one = weighted_cross_entropy(logits[:, 0], labels[:, 0].clamp(min=0), weight, label_smoothing=smoothing)
+    nll = F.cross_entropy(logits[:, 0], labels[:, 0].clamp(min=0), reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(one, (nll * weight).mean())
+
+
+@pytest.mark.parametrize("num_items", [None, torch.tensor(31)], ids=str)
+def test_label_smoothing_equals_that_of_transformers_trainer(num_items):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits, labels, _ = make()
+    smoother, outputs = LabelSmoother(epsilon=0.1), {"logits": logits}
+    denominator = "tokens" if num_items is None else num_items
+    options = {"denominator": denominator, "label_smoothing": 0.1}
+    expected = smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items)
+    torch.testing.assert_close(weighted_lm_loss(logits, labels, torch.ones(B), **options), expected)
+    expected = smoother(outputs, labels, num_items_in_batch=num_items)
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, torch.ones(B), **options), expected)
+
+
 def test_autocast_changes_nothing():
     logits, labels, weight = make(dtype=torch.bfloat16)
     plain = weighted_lm_loss(logits, labels, weight), weighted_cross_entropy(logits, labels, weight)

@@ -15,6 +15,10 @@ from flowstream.settings import Settings, window_size
         (8, 1000, {}, 32),  # at least 256 samples
         (1, 1000, {}, 256),
         (64, 1000, {"accumulate": 3}, 9),  # a multiple of accumulate
+        (64, 1000, {"accumulate": 8}, 16),  # two optimizer steps: trainers pull all batches of one at once
+        (64, 1000, {"accumulate": 5}, 10),
+        (64, 1000, {"accumulate": 16, "mode": "resample"}, 32),
+        (64, 1000, {"accumulate": 16, "window": 16}, 16),  # who gives a number gets it
         (64, 100, {"max_window_bytes": 1500}, 5),  # three windows within the bytes
         (64, 100, {"max_window_bytes": 1500, "accumulate": 4}, 4),
         (64, 10**6, {"max_window_bytes": 1, "accumulate": 4}, 4),  # never below one step

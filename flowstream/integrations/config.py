@@ -14,7 +14,7 @@ from flowstream.policies import Flow, Policy
 from flowstream.recollate import Recollate
 from flowstream.scoring.base import Level, Scorer
 from flowstream.scoring.reference import TrainedAdapters
-from flowstream.settings import Mode, Sampler, Uneven
+from flowstream.settings import Include, Mode, Sampler, Uneven
 from flowstream.stream import FlowStream
 from flowstream.temperature import RunningMedian, Temperature
 
@@ -39,6 +39,8 @@ class FlowConfig:
     temperature: Temperature = field(default_factory=RunningMedian)
     policy: Policy = field(default_factory=Flow)
     normalize: bool = False
+    include: tuple[Include, ...] = ()
+    """What else the batches carry, as far as the trainer's `training_step`; the model never sees it."""
     window: int | Literal["auto"] = "auto"
     max_window_bytes: int = 2**30
     recollate: Literal["pad"] | Recollate = "pad"
@@ -68,6 +70,7 @@ class FlowConfig:
             temperature=self.temperature,
             policy=self.policy,
             normalize=self.normalize,
+            include=self.include,
             window=self.window,
             max_window_bytes=self.max_window_bytes,
             accumulate=accumulate,

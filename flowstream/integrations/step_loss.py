@@ -81,7 +81,9 @@ class LogitsLoss:
             denominator=num_items,
             label_smoothing=trainer.args.label_smoothing_factor,
         )
-        return (loss + router_loss(trainer.model, outputs)) * loss_scale(trainer, num_items), outputs
+        if trainer.label_smoother is None:  # whose loss, in the trainer, is all there is
+            loss = loss + router_loss(trainer.model, outputs)
+        return loss * loss_scale(trainer, num_items), outputs
 
 
 def router_loss(model: nn.Module, outputs: Any) -> Tensor | float:

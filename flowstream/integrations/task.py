@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
 from flowstream.scoring import CausalLMScorer, ClassifierScorer, Seq2SeqLMScorer
@@ -31,9 +32,13 @@ def task_of(model: nn.Module) -> Task:
     takes = inspect.signature(base.forward).parameters
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
-    if kind in ("ForCausalLM", "ForConditionalGeneration") and "input_ids" in takes:
+    is_causal = kind in ("ForCausalLM", "ForConditionalGeneration") or _is_named_causal(type(base).__name__)
+    if is_causal and "input_ids" in takes:
         return "causal language model"
-    if kind in _CLASSIFIERS and getattr(config, "problem_type", None) in (None, "single_label_classification"):
+    problem = getattr(config, "problem_type", None)
+    if problem is None and getattr(config, "num_labels", 1) > 1:  # of one label the model's own loss is a regression
+        problem = "single_label_classification"
+    if kind in _CLASSIFIERS and problem == "single_label_classification":
         return "classifier"
     raise ValueError(
         f"{type(base).__name__} is no causal language model, encoder-decoder or single-label classifier, whose losses "
@@ -42,9 +47,14 @@ def task_of(model: nn.Module) -> Task:
     )
 
 
+def _is_named_causal(name: str) -> bool:
+    """GPT2LMHeadModel and others, which have no `loss_type`. XLNet's and XLM's losses are not of the next token."""
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not name.startswith(("XLNet", "XLMWith"))
+
+
 def bare(model: nn.Module) -> nn.Module:
-    """The model without what PEFT has put around it."""
-    while (base := unwrapped(model)) is not None:
+    """The model without what torch.compile and PEFT have put around it."""
+    while isinstance(base := getattr(model, "_orig_mod", None) or unwrapped(model), nn.Module):
         model = base
     return model
 
@@ -63,7 +73,10 @@ def scorer_of(
     """
     kind = _SCORERS[task_of(model)]
     if reference not in ("initial", "base"):
-        return kind.from_pretrained(os.fspath(reference), device=device)
+        of_images: dict[str, Any] = (
+            {"images": True} if getattr(bare(model), "loss_type", None) == "ForImageClassification" else {}
+        )
+        return kind.from_pretrained(os.fspath(reference), device=device, **of_images)
     if layers_of(list(model.modules())):
         return kind(model, trained_adapters=trained_adapters)
     if reference == "base":
@@ -71,7 +84,7 @@ def scorer_of(
             'reference is "base", and the model has no adapters that could be turned off: wrap it with PEFT first, or '
             'take reference="initial", a frozen copy'
         )
-    return kind(model, copy=True, device=device)
+    return kind(model, copy=True, device=device, trained_adapters=trained_adapters)
 
 
 def weighted_loss(
@@ -85,6 +98,11 @@ def weighted_loss(
     options = {"label_smoothing": label_smoothing}
     if task == "causal language model":
         return weighted_lm_loss(logits, labels, weight, denominator=_or(denominator, "tokens"), **options)
+    if task == "classifier" and labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} numbers, which the model's own loss takes for several labels a sample, or for "
+            "values: flowstream weights classes, one integer a sample"
+        )
     own = "samples" if task == "classifier" else "tokens"
     return weighted_cross_entropy(logits, labels, weight, denominator=_or(denominator, own), **options)
 

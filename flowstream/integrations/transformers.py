@@ -6,10 +6,12 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from flowstream.checkpoint import load_state, save_state
 from flowstream.guard import check_weights_used
@@ -17,6 +19,7 @@ from flowstream.integrations.config import FlowConfig
 from flowstream.integrations.step_loss import StepLoss, step_loss_of
 from flowstream.integrations.stream_loader import StreamLoader
 from flowstream.integrations.task import scorer_of
+from flowstream.scoring.base import Scorer
 from flowstream.stream import FlowStream
 
 if TYPE_CHECKING:  # what it is mixed into
@@ -25,6 +28,9 @@ else:
     _Base = object
 
 _WEIGHT = "flow_weight"
+_BEFORE_STEP = ("training_step", "get_batch_samples", "get_train_dataloader")
+"""What has a training batch in hand before `_prepare_inputs`."""
+_LEAVE = "Leave them as they were, or begin the data anew: ignore_data_skip=True"
 
 
 class FlowTrainerMixin(_Base):
@@ -54,18 +60,37 @@ class FlowTrainerMixin(_Base):
     def __init__(self, *args: Any, flow: FlowConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._flow = flow or FlowConfig()
-        # Before a checkpoint is loaded: the reference is what fine-tuning begins with.
         assert self.model is not None  # or Trainer would have raised
-        self._flow_scorer = self._flow.scorer or scorer_of(
-            self.model, self._flow.reference, device=self.args.device, trained_adapters=self._flow.trained_adapters
-        )
+        self._flow_scorer: Scorer | None = self._new_scorer(self.model)
         self._flow_loss: StepLoss | None = None
         if self._flow.is_weighted:
             _refuse_data_parallel(self.args)
             self._flow_loss = step_loss_of(self, FlowTrainerMixin)
         self._flow_loader: StreamLoader | None = None
         self._flow_to_check = self._flow.is_weighted and self._flow.check_weights
-        self._flow_in_step = False
+        self._flow_has_stepped = False
+        self._flow_step_began: tuple[int, dict[str, Any]] | None = None
+        self.add_callback(_Watch(self))
+
+    # -- the reference -----------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The trainer's; the new model, or its base, is the new reference."""
+        model = super().call_model_init(trial)
+        if getattr(self, "_flow_scorer", None) is not None:  # when `train` begins, not when the trainer is made
+            self._flow_scorer = None  # two of them need not fit
+            if self.place_model_on_device:
+                model = model.to(self.args.device)
+            self._flow_scorer = self._new_scorer(model)
+        return model
+
+    def _new_scorer(self, model: nn.Module) -> Scorer:
+        """Before a checkpoint is loaded: the reference is what fine-tuning begins with."""
+        flow = self._flow
+        if flow.scorer is not None:
+            return flow.scorer
+        device = self.args.device
+        return scorer_of(model, flow.reference, device=device, trained_adapters=flow.trained_adapters)
 
     # -- the loader --------------------------------------------------------------------------------
 
@@ -80,22 +105,31 @@ class FlowTrainerMixin(_Base):
             accelerator.device_placement = placement
         if self.flow_stream is not None:
             self.flow_stream.close()
+        assert self._flow_scorer is not None
         stream = self._flow.stream(inner, self._flow_scorer, accumulate=self.args.gradient_accumulation_steps)
         self.flow_stream = stream
         self._flow_loader = StreamLoader(stream, inner, is_endless=_length(stream) is None)
         return self._flow_loader
 
+    def num_examples(self, dataloader: Any) -> int:
+        """The trainer's, of the loader within."""
+        return super().num_examples(dataloader.inner if isinstance(dataloader, StreamLoader) else dataloader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The trainer's, after a look at the stream's position: a step that is not finished begins there again."""
+        if self.flow_stream is not None and getattr(self.args, "enable_jit_checkpoint", False):
+            self._flow_step_began = self.state.global_step, self.flow_stream.state_dict()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     # -- the loss ----------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The trainer's, after the first step's check of the weights."""
+        """The trainer's, after the first step's check of the weights. What `include` has added goes no further."""
+        inputs = {name: value for name, value in inputs.items() if name == _WEIGHT or not name.startswith("flow_")}
+        self._flow_has_stepped = True
         if self._flow_to_check:
             self._check_weights(model, inputs, num_items_in_batch)
-        self._flow_in_step = True
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._flow_in_step = False
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -105,15 +139,13 @@ class FlowTrainerMixin(_Base):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted loss of a training batch; the trainer's own loss of any other."""
-        if self._flow_loss is None or (_WEIGHT not in inputs and not self._flow_in_step):
+        is_training = self.is_in_train and model.training and torch.is_grad_enabled()
+        if self._flow_loss is None or (_WEIGHT not in inputs and not is_training):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         if _WEIGHT not in inputs:
-            raise ValueError(
-                f"a training batch has reached the loss without {_WEIGHT}, only with {sorted(inputs)}: a method that "
-                f"{type(self).__name__} overrides has dropped it (get_train_dataloader, _prepare_inputs, …)"
-            )
+            self._refuse_dropped(inputs, "_prepare_inputs", *_BEFORE_STEP)
         inputs = dict(inputs)
         weight = inputs.pop(_WEIGHT)
         loss, outputs = self._flow_loss(super().compute_loss, model, inputs, weight, num_items_in_batch)
@@ -121,35 +153,66 @@ class FlowTrainerMixin(_Base):
 
     def _check_weights(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
         """`ValueError`, with who dropped them, unless the loss of the first batch changes with its weights."""
+        if _WEIGHT not in inputs:
+            self._refuse_dropped(inputs, *_BEFORE_STEP)
         model.train()
-        self._flow_in_step = True
-        try:
-            with self.compute_loss_context_manager(), _uncounted(self):
-                was_checked = check_weights_used(
-                    lambda batch: self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch),
-                    self._prepare_inputs(inputs),
-                    key=_WEIGHT,
-                    model=model,
-                    name=f"{_definer(self, 'compute_loss')}.compute_loss",
-                )
-        finally:
-            self._flow_in_step = False
+        prepared = self._prepare_inputs(inputs)
+        if _WEIGHT not in prepared:
+            self._refuse_dropped(prepared, "_prepare_inputs")
+        with self.compute_loss_context_manager(), _uncounted(self):
+            was_checked = check_weights_used(
+                lambda batch: self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch),
+                prepared,
+                key=_WEIGHT,
+                model=model,
+                name=f"{_definer(self, 'compute_loss').__name__}.compute_loss",
+            )
         # Every rank runs as many forwards as the others, so one whose first batch cannot tell does not try again.
         self._flow_to_check = not was_checked and self.accelerator.num_processes == 1
+
+    def _refuse_dropped(self, found: Any, *methods: str) -> None:
+        """`ValueError` for a training batch without weights: one of these `methods` has dropped them."""
+        kinds = type(self).__mro__
+        own = kinds.index(FlowTrainerMixin)
+        owners = [(_definer(self, method), method) for method in methods]
+        # What a class behind this one overrides comes before the weights, but for `_prepare_inputs`.
+        named = [f"{kind.__name__}.{method}" for kind, method in owners if kinds.index(kind) < own]
+        named = named or [f"{kind.__name__}.{method}" for kind, method in owners if method == "_prepare_inputs"]
+        raise ValueError(
+            f"a training batch has lost its {_WEIGHT} on the way to the loss, and has only {sorted(found)}: "
+            f"{' or '.join(named) or type(self).__name__} has dropped it. Let it pass {_WEIGHT} on, as it does labels; "
+            'or take mode="resample", which needs no weights'
+        )
+
+    def _refuse_unproven(self) -> None:
+        """`ValueError` before the first optimizer step, if a `training_step` has gone round the check."""
+        if not self._flow_to_check or self._flow_has_stepped:
+            return
+        raise ValueError(
+            f"{_definer(self, 'training_step').__name__}.training_step does not call super().training_step, where the "
+            "first step proves that the loss changes with the weights: call it, or, if the loss is weighted all the "
+            "same, say so with FlowConfig(check_weights=False)"
+        )
 
     # -- checkpoints and logs ----------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.flow_stream is not None:
-            rank, world_size = self.args.process_index, self.args.world_size
-            save_state(self.flow_stream, output_dir, step=self.state.global_step, rank=rank, world_size=world_size)
+            step, rank, world_size = self.state.global_step, self.args.process_index, self.args.world_size
+            began = self._flow_step_began
+            is_between = began is None or began[0] != step  # else the step's batches were pulled, but not trained on
+            stream = self.flow_stream if is_between else cast(FlowStream, _Position(began[1]))  # type: ignore[index]
+            save_state(stream, output_dir, step=step, rank=rank, world_size=world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         loader, args = self._flow_loader, self.args
         if checkpoint is None or loader is None or args.ignore_data_skip:
             return
+        was, now = self.state.train_batch_size, self._train_batch_size
+        if was is not None and was != now:
+            raise ValueError(f"{checkpoint} was saved with batches of {was}, and they are of {now} now. {_LEAVE}")
         if load_state(loader.stream, checkpoint, rank=args.process_index, world_size=args.world_size) is None:
             raise ValueError(
                 f"{checkpoint} has no state of flowstream: it was saved by another trainer, or with save_only_model. "
@@ -165,7 +228,7 @@ class FlowTrainerMixin(_Base):
             raise ValueError(
                 f"{checkpoint} is of step {step}, where {num_delivered} batches had been delivered on this rank, and "
                 f"now it would be {epoch * (length or 0) + skipped}: the data, the batch size, the accumulation or the "
-                "number of ranks has changed. Leave them as they were, or begin the data anew: ignore_data_skip=True"
+                f"number of ranks has changed. {_LEAVE}"
             )
         loader.num_skipped = skipped
 
@@ -178,6 +241,31 @@ class FlowTrainerMixin(_Base):
 
 class FlowTrainer(FlowTrainerMixin, Trainer):
     """transformers' `Trainer` with `flow=FlowConfig(…)`: see `FlowTrainerMixin`."""
+
+
+class _Watch(TrainerCallback):
+    """Stands where a trainer has no method to override: before the optimizer steps, and at the end."""
+
+    def __init__(self, trainer: FlowTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._refuse_unproven()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Let go of the loader's workers and of what was read ahead; metrics and state can still be asked for."""
+        if self._trainer.flow_stream is not None:
+            self._trainer.flow_stream.close()
+
+
+@dataclass(frozen=True)
+class _Position:
+    """A stream's position, taken before."""
+
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
 
 
 def _refuse_data_parallel(args: Any) -> None:
@@ -196,9 +284,9 @@ def _length(loader: FlowStream | StreamLoader) -> int | None:
         return None
 
 
-def _definer(trainer: object, method: str) -> str:
-    """The name of the class whose method is called."""
-    return next(kind.__name__ for kind in type(trainer).__mro__ if method in vars(kind))
+def _definer(trainer: object, method: str) -> type:
+    """The class whose method is called."""
+    return next(kind for kind in type(trainer).__mro__ if method in vars(kind))
 
 
 @contextmanager
