@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -27,8 +27,14 @@ _FOOTER_SIZE = len(_MAGIC) + 16
 """Behind what torch.save wrote, where torch.load does not look: the magic, and the XXH3-128 of all before it."""
 
 
+class HasState(Protocol):
+    """A stream, or the position that one had before."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 def save_state(
-    stream: FlowStream,
+    stream: HasState,
     directory: str | os.PathLike[str],
     *,
     step: int,

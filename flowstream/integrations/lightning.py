@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from flowstream.integrations.lightning_callback import FlowCallback
-from flowstream.integrations.step_loss import router_loss
-from flowstream.integrations.task import Task, bare, task_of, weighted_loss
+from flowstream.integrations.task import Task, bare, router_loss, task_of, weighted_loss
 
 __all__ = ["FlowCallback", "FlowModule"]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import Trainer
 
-from flowstream.integrations.task import Task, bare, task_of, weighted_loss
+from flowstream.integrations.task import Task, bare, router_loss, task_of, weighted_loss
 
 _RESAMPLE = 'mode="resample" needs no weights'
 
@@ -84,15 +84,6 @@ class LogitsLoss:
         if trainer.label_smoother is None:  # whose loss, in the trainer, is all there is
             loss = loss + router_loss(trainer.model, outputs)
         return loss * loss_scale(trainer, num_items), outputs
-
-
-def router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
-    """What a mixture of experts adds to balance them: no sample's, so that no weight applies."""
-    found = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-    if found is None:
-        return 0.0
-    balance: Tensor = bare(model).config.get_text_config().router_aux_loss_coef * found  # type: ignore[union-attr,operator]
-    return balance
 
 
 def loss_scale(trainer: Any, num_items: Any) -> int:

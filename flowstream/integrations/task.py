@@ -107,5 +107,14 @@ def weighted_loss(
     return weighted_cross_entropy(logits, labels, weight, denominator=_or(denominator, own), **options)
 
 
+def router_loss(model: nn.Module, outputs: Any) -> Tensor | float:
+    """What a mixture of experts adds to balance them: no sample's, so that no weight applies."""
+    found = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+    if found is None:
+        return 0.0
+    balance: Tensor = bare(model).config.get_text_config().router_aux_loss_coef * found  # type: ignore[union-attr,operator]
+    return balance
+
+
 def _or(denominator: Any, own: str) -> Any:
     return own if denominator is None else denominator

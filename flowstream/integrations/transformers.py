@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from flowstream.checkpoint import load_state, save_state
+from flowstream.checkpoint import HasState, load_state, save_state
 from flowstream.guard import check_weights_used
 from flowstream.integrations.config import FlowConfig
 from flowstream.integrations.step_loss import StepLoss, step_loss_of
@@ -201,8 +201,9 @@ class FlowTrainerMixin(_Base):
         if self.flow_stream is not None:
             step, rank, world_size = self.state.global_step, self.args.process_index, self.args.world_size
             began = self._flow_step_began
-            is_between = began is None or began[0] != step  # else the step's batches were pulled, but not trained on
-            stream = self.flow_stream if is_between else cast(FlowStream, _Position(began[1]))  # type: ignore[index]
+            stream: HasState = self.flow_stream
+            if began is not None and began[0] == step:  # the step's batches were pulled, but not trained on
+                stream = _Position(began[1])
             save_state(stream, output_dir, step=step, rank=rank, world_size=world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -218,19 +219,14 @@ class FlowTrainerMixin(_Base):
                 f"{checkpoint} has no state of flowstream: it was saved by another trainer, or with save_only_model. "
                 "To begin the data anew, with the model from there, set ignore_data_skip=True"
             )
-        num_delivered = loader.stream.state_dict()["num_delivered"]
-        step, accumulate = self.state.global_step, args.gradient_accumulation_steps
-        epoch, skipped = 0, step * accumulate
-        if (length := _length(loader)) is not None:
-            epoch, steps = divmod(step, -(-length // accumulate))
-            skipped = steps * accumulate
-        if epoch * (length or 0) + skipped != num_delivered:
+        step, num_delivered = self.state.global_step, loader.stream.state_dict()["num_delivered"]
+        num_before, loader.num_skipped = _num_batches(step, args.gradient_accumulation_steps, _length(loader))
+        if num_before != num_delivered:
             raise ValueError(
                 f"{checkpoint} is of step {step}, where {num_delivered} batches had been delivered on this rank, and "
-                f"now it would be {epoch * (length or 0) + skipped}: the data, the batch size, the accumulation or the "
-                f"number of ranks has changed. {_LEAVE}"
+                f"now it would be {num_before}: the data, the batch size, the accumulation or the number of ranks has "
+                f"changed. {_LEAVE}"
             )
-        loader.num_skipped = skipped
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's, with the stream's metrics beside the training loss."""
@@ -282,6 +278,18 @@ def _length(loader: FlowStream | StreamLoader) -> int | None:
         return len(loader)
     except TypeError:
         return None
+
+
+def _num_batches(step: int, accumulate: int, length: int | None) -> tuple[int, int]:
+    """Batches before a step: in all epochs, and in its own, of `length` batches. The last step of one may have fewer.
+
+    >>> _num_batches(5, accumulate=4, length=11)  # an epoch of 3 steps, and 2 steps
+    (19, 8)
+    """
+    if length is None:
+        return step * accumulate, step * accumulate
+    epoch, steps = divmod(step, -(-length // accumulate))
+    return epoch * length + steps * accumulate, steps * accumulate
 
 
 def _definer(trainer: object, method: str) -> type:
