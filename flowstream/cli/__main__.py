@@ -8,6 +8,9 @@ import tyro
 
 from flowstream.cli.cache import Cache
 from flowstream.cli.demo import Demo
+from flowstream.cli.inspect import Inspect
+from flowstream.cli.score import Score
+from flowstream.cli.train import Train
 
 
 class Command(Protocol):
@@ -17,7 +20,13 @@ class Command(Protocol):
         """Do it. What the user did wrong is a ValueError or OSError, whose message says what to do."""
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"cache": Cache, "demo": Demo}
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "cache": Cache,
+    "demo": Demo,
+    "inspect": Inspect,
+    "score": Score,
+    "train": Train,
+}
 """Name on the command line → options. A module of a command imports torch in `run`, not before."""
 
 
@@ -31,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
-        print(f"flowstream: {error}", file=sys.stderr)
+        print("flowstream:", " ".join(str(error).split()), file=sys.stderr)  # libraries' errors may have many lines
         return 1
     return 0
 
