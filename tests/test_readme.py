@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
+import accelerate
+import lightning.pytorch as pl
 import pytest
 import torch
+import trl_trainers
+from torch.utils.data import DataLoader
+from trainers import Texts, arguments, collate, sure_model
 
 import flowstream as fs
 
@@ -28,8 +34,86 @@ def test_the_ten_lines_of_the_readme_train_a_model(tiny):
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def snippet(word: str) -> str:
+    """The one piece of code that has the word."""
+    (found,) = [code for code in SNIPPETS if word in code]
+    return found
+
+
+def untrained(model):
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_trained(model, before):
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_from_trainer(tmp_path):
+    model = sure_model()
+    before = untrained(model)
+    names = {"model": model, "dataset": Texts(), "collate": collate, "args": arguments(tmp_path, max_steps=2)}
+    exec(snippet("FlowTrainer("), names)
+    assert_trained(model, before)
+    assert "flow/tau" in names["trainer"].flow_stream.metrics()
+
+
+def test_from_trl(tmp_path):
+    model = trl_trainers.model()
+    before = untrained(model)
+    names = {
+        "model": model,
+        "conversations": trl_trainers.conversations(8),
+        "tokenizer": trl_trainers.tokenizer(trl_trainers.TEMPLATE),
+        "sft_args": trl_trainers.arguments(tmp_path, max_steps=2),
+    }
+    exec(snippet("FlowSFTTrainer("), names)
+    assert_trained(model, before)
+
+
+def test_from_a_plain_loop(tiny, tmp_path, monkeypatch):
+    (changes,) = re.findall(r"```diff\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code = "\n".join(line[1:] for line in changes.splitlines() if line[:1] in "+ ")
+    monkeypatch.chdir(tmp_path)
+    model = tiny("llama")
+    before = untrained(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = [collate(Texts().rows[first : first + 4]) for first in range(0, 16, 4)]
+    names = {"fs": fs, "torch": torch, "model": model, "loader": loader, "optimizer": optimizer}
+    exec(code, names | {"device": "cpu", "step": 0})
+    assert_trained(model, before)
+    assert (tmp_path / "model.pt").exists()
+    assert list((tmp_path / "stream").iterdir())
+
+
+def test_from_accelerate(tiny):
+    scorer = fs.CausalLMScorer(tiny("llama"))
+    loader = DataLoader(Texts(), batch_size=4, collate_fn=collate)
+    names = {"accelerator": accelerate.Accelerator(cpu=True), "loader": loader, "scorer": scorer}
+    exec(snippet("import prepare"), names)
+    batch = next(iter(names["loader"]))
+    assert {"flow_weight", "flow_denominator"} <= batch.keys()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_from_lightning():
+    model = sure_model()
+    before = untrained(model)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    names = {
+        "fs": fs,
+        "model": model,
+        "scorer": fs.CausalLMScorer(model),
+        "loader": DataLoader(Texts(), batch_size=4, collate_fn=collate),
+        "Trainer": functools.partial(pl.Trainer, accelerator="cpu", enable_checkpointing=False, **quiet),
+    }
+    code = snippet("FlowCallback(").replace("max_steps=1000", "max_steps=2").replace('"last"', "None")
+    exec(code, names)
+    assert_trained(model, before)
+
+
 def test_the_other_lines_of_the_readme_score_with_adapters_off_and_train_without_logits(tiny):
-    lora, linear = SNIPPETS[1:]
+    lora, linear = snippet("peft.get_peft_model"), snippet("weighted_linear_cross_entropy")
     names = {"fs": fs, "peft": pytest.importorskip("peft"), "base": tiny("llama")}
     exec(lora, names)
     ids = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(0))

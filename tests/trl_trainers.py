@@ -114,7 +114,20 @@ def trainer(
     eval_dataset: Any = None,
     **given: Any,
 ) -> Any:
-    """By plain descent, under which a difference stays as small as it is; `given` goes to the `SFTConfig`."""
+    """`given` goes to the `SFTConfig`."""
+    return kind(
+        base or model(),
+        arguments(folder, **given),
+        train_dataset=train_dataset or completions(),
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer(template),
+        peft_config=peft_config,
+        **({"flow": flow} if flow is not None else {}),
+    )
+
+
+def arguments(folder: Path, **given: Any) -> trl.SFTConfig:
+    """Plain descent, under which a difference stays as small as it is."""
     plain: dict[str, Any] = {"max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": RATE, "optim": "sgd"}
     plain |= {
         "lr_scheduler_type": "constant",
@@ -124,15 +137,7 @@ def trainer(
     }
     plain |= {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
     plain |= {"save_strategy": "no", "logging_strategy": "no"}
-    return kind(
-        base or model(),
-        trl.SFTConfig(output_dir=str(folder), **(plain | given)),
-        train_dataset=train_dataset or completions(),
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer(template),
-        peft_config=peft_config,
-        **({"flow": flow} if flow is not None else {}),
-    )
+    return trl.SFTConfig(output_dir=str(folder), **(plain | given))
 
 
 # A plain loop to compare with: each document is read alone, and nothing of flowstream's or TRL's is used.
