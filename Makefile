@@ -17,6 +17,7 @@ test: .venv/test.done
 soak: .venv/test.done
 	FLOWSTREAM_NUM_KILLS=100 FLOWSTREAM_NUM_RANK_KILLS=50 FLOWSTREAM_EVERY_STOP=1 \
 		$(BIN)/python -m pytest tests/test_kill.py tests/sources tests/distributed/test_killed_ranks.py
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forking_torchrun import launch
+from forking_scripts import launch
 
 from flowstream.cli.__main__ import main
 

@@ -1,15 +1,13 @@
 """The examples, run as a user runs them: a process each, warnings as errors, no network."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import webdataset as wds
+from torchrun import script
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -27,14 +25,7 @@ OF_MANY_PROCESSES = ("fsdp2", "multi_node")
 
 def run(name: str, *arguments: str, folder: Path, allowed: str = "") -> tuple[str, str]:
     """What the example printed to stdout and stderr, run in `folder`, which is where temporary files go, too."""
-    environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    warnings = ["-W", "error"] + (["-W", f"ignore:{allowed}"] if allowed else [])
-    command = [sys.executable, *warnings, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    return script(ROOT / "examples" / f"{name}.py", *arguments, folder=folder, allowed=allowed)
 
 
 def numbers(pattern: str, text: str) -> list[tuple[float, ...]]:

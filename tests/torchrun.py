@@ -1,4 +1,4 @@
-"""Starts a script under torchrun: real processes, on a port that is free."""
+"""Starts a script, by itself or under torchrun: real processes, on a port that is free."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def torchrun(
     return printed, told
 
 
+def script(path: Path, *arguments: object, folder: Path, allowed: str = "") -> tuple[str, str]:
+    """What a script printed to stdout and stderr, run in `folder` on one thread; warnings are errors.
+
+    `allowed` is a warning that is not, by how its text begins.
+    """
+    command = [str(path), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as place:
+        stdout, stderr = Path(place, "stdout"), Path(place, "stderr")
+        status = _fork(command, folder, stdout, stderr, is_alone=True, allowed=allowed)
+        printed, told = stdout.read_text(), stderr.read_text()
+    assert status == 0, f"{printed}\n{told}"
+    return printed, told
+
+
 def _start(command: list[str], folder: Path, stdout: Path, stderr: Path) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with (
@@ -62,12 +76,12 @@ def _start(command: list[str], folder: Path, stdout: Path, stderr: Path) -> int:
             return process.wait(60) or 1
 
 
-def _fork(command: list[str], folder: Path, stdout: Path, stderr: Path) -> int:
+def _fork(command: list[str], folder: Path, stdout: Path, stderr: Path, **further: object) -> int:
     run = {"arguments": command, "folder": str(folder), "stdout": str(stdout), "stderr": str(stderr)}
     process = _forking()
     assert process.stdin is not None
     assert process.stdout is not None
-    print(json.dumps(run | {"seconds": _SECONDS}), file=process.stdin, flush=True)
+    print(json.dumps(run | {"seconds": _SECONDS} | further), file=process.stdin, flush=True)
     return int(process.stdout.readline())
 
 
@@ -75,7 +89,7 @@ def _fork(command: list[str], folder: Path, stdout: Path, stderr: Path) -> int:
 def _forking() -> subprocess.Popen[str]:
     """One for all tests of this process."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "forking_torchrun.py")],
+        [sys.executable, str(ROOT / "tests" / "forking_scripts.py")],
         env=os.environ | _ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

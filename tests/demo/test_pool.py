@@ -23,6 +23,7 @@ def losses(outcomes: list[SeedOutcome]) -> list[tuple[int, str, int, float, floa
     ]
 
 
+@pytest.mark.soak
 def test_seeds_side_by_side_find_what_seeds_in_turn_find(tmp_path: Path) -> None:
     settings = replace(
         QUICK,

@@ -59,7 +59,9 @@ def shares(folder: Path, num_processes: int) -> list[list[str]]:
     return texts
 
 
-@pytest.mark.parametrize(("num_processes", "is_forked"), [(2, False), (4, True)], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("num_processes", "is_forked"), [(2, False), pytest.param(4, True, marks=pytest.mark.soak)], ids=["2", "4"]
+)
 def test_ranks_of_unequal_shards_keep_in_step_and_see_each_sample_once(num_processes, is_forked, tmp_path):
     steps, _, num_samples = run("multi_node", num_processes=num_processes, folder=tmp_path, is_forked=is_forked)
     texts = shares(tmp_path, num_processes)
@@ -89,7 +91,9 @@ def test_stopped_multi_node_run_goes_on_from_its_last_checkpoint_to_the_same_mod
     assert found[2] == sum(map(len, shares(stopped, 2)))
 
 
-@pytest.mark.parametrize(("num_processes", "stops"), [(2, (3, 5)), (4, (6,))], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("num_processes", "stops"), [(2, (3, 5)), pytest.param(4, (6,), marks=pytest.mark.soak)], ids=["2", "4"]
+)
 def test_fsdp2_shares_the_samples_out_and_goes_on_from_its_sharded_checkpoint(num_processes, stops, tmp_path):
     for stop in stops:
         settings = ("--steps", stop, "--shard-over", 2)

@@ -60,7 +60,7 @@ class Place:
     @property
     def adapting(self) -> dict[str, Any]:
         texts = {"data": self.shards, "shuffle": 16, "max_steps": 9}
-        return texts | {"mode": "resample", "lora_rank": 2, "lora_alpha": 8, "save_steps": 3, "log_steps": 2}
+        return texts | {"mode": "resample", "lora_rank": 2, "lora_alpha": 8, "save_steps": 4, "log_steps": 2}
 
     def run(self, out: str, **options: Any) -> Path:
         """The folder; a run of the same name is run once."""

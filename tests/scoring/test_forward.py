@@ -518,7 +518,7 @@ def bounded_recompiles() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.soak)])
 def test_a_compiled_body_gives_the_same_losses_and_is_compiled_once(
     tiny: Any, name: str, bounded_recompiles: None
 ) -> None:
@@ -544,6 +544,7 @@ class DroppingWhenCompiled(nn.Module):
         return self.mlp(hidden) * (-5.0 if torch.compiler.is_compiling() else 1.0)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_body_that_says_something_else_is_not_used(
     llama: Any, bounded_recompiles: None, caplog: pytest.LogCaptureFixture
@@ -556,6 +557,7 @@ def test_a_compiled_body_that_says_something_else_is_not_used(
     torch.testing.assert_close(score(scorer, batch)[0].loss, score(plain, batch)[0].loss)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_a_body_that_cannot_be_compiled_is_scored_uncompiled_and_says_why(
     llama: Any, caplog: pytest.LogCaptureFixture

@@ -1,6 +1,7 @@
-"""torchrun from a process that has imported what takes seconds to import: each run's agent is forked, and so its ranks.
+"""Scripts from a process that has imported what takes seconds to import: each is forked, by itself or under torchrun.
 
-It reads runs, one line of JSON each, and answers each with the exit status that torchrun would have.
+Of torchrun the agent is forked, and so its ranks. It reads runs, one line of JSON each, and answers each with the exit
+status that the command would have.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import traceback
+import warnings
 from dataclasses import dataclass
 
 import webdataset
@@ -26,7 +29,7 @@ IMPORTED = (flowstream, webdataset, LlamaForCausalLM)
 @dataclass(frozen=True)
 class Run:
     arguments: list[str]
-    """Torchrun's: options, the script and its own arguments."""
+    """Torchrun's: options, the script and its own arguments. Of a script by itself: it, and they."""
     folder: str
     """Where it runs."""
     stdout: str
@@ -34,6 +37,10 @@ class Run:
     stderr: str
     seconds: int
     """After so many it is ended."""
+    is_alone: bool = False
+    """Without torchrun; warnings are errors, …"""
+    allowed: str = ""
+    """… but for one whose text begins so."""
 
 
 def begin(run: Run) -> int:
@@ -49,7 +56,10 @@ def begin(run: Run) -> int:
         # The agent ends its processes on SIGTERM, and only then.
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         signal.alarm(run.seconds)
-        launch(run.arguments)
+        if run.is_alone:
+            run_alone(run)
+        else:
+            launch(run.arguments)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -57,6 +67,17 @@ def begin(run: Run) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def run_alone(run: Run) -> None:
+    """As `python -W error` in its folder, where temporary files go, too."""
+    os.environ["TMPDIR"], tempfile.tempdir = run.folder, None
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+    if run.allowed:
+        warnings.filterwarnings("ignore", message=run.allowed)
+    sys.argv = list(run.arguments)
+    runpy.run_path(run.arguments[0], run_name="__main__")
 
 
 def launch(arguments: list[str]) -> None:
