@@ -23,6 +23,11 @@ _MAX_PADDED = 0.05
 _MIN_BATCHES = 20
 """… once there are as many batches."""
 
+_NOTHING_LABELLED = (
+    "no sample so far has a label and a finite loss: all weights are 0, and nothing is learned. See that the collate "
+    "function leaves labels other than -100; a prompt that fills the whole length leaves none"
+)
+
 
 class Running:
     """Owns what was learned from the windows delivered so far. Windows are absorbed in their order."""
@@ -63,8 +68,11 @@ class Running:
         self.score_seconds += window.score_seconds
         if self._settings.needs_loss and self.num_seen >= self._advise_at:
             self._advise_at = 2 * self.num_seen
-            for name, message in self.temperature.advice(self.tau):
-                self._tell(name, message)
+            if self.sums.num:
+                for name, message in self.temperature.advice(self.tau):
+                    self._tell(name, message)
+            else:
+                self._tell("nothing_labelled", _NOTHING_LABELLED)
         if self.num_batches >= _MIN_BATCHES and self.num_padded > _MAX_PADDED * self.num_batches:
             self._tell(
                 "padded",

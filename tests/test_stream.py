@@ -489,6 +489,15 @@ def test_a_sample_without_labels_gets_weight_zero_and_is_counted(tiny):
     assert stream.metrics()["flow/empty"] == 1
 
 
+def test_where_nothing_is_labelled_that_is_told_and_not_a_floor(tiny, caplog):
+    batches = language_batches(4)
+    for batch in batches:
+        batch["labels"][:] = -100
+    assert not gathered(list(fs.FlowStream(batches, fs.CausalLMScorer(tiny("llama")))), "flow_weight").any()
+    (message,) = caplog.messages
+    assert message.startswith("no sample so far has a label")
+
+
 def test_a_negative_loss_is_refused():
     bad = with_losses(batches_of(gamma_losses(64)), {7: -0.5})
     with pytest.raises(ValueError, match=r"a loss of -0.5 nats.*FLOW needs a non-negative loss"):

@@ -32,7 +32,7 @@ def arguments_of(settings: Settings, plan: Plan, *, has_sets: bool, is_resumed: 
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup * plan.num_steps),
+        warmup_steps=math.floor(settings.warmup * plan.num_steps),
         weight_decay=settings.weight_decay,
         label_smoothing_factor=settings.label_smoothing,
         bf16=settings.bf16,

@@ -110,7 +110,11 @@ def _check_path(name: str) -> None:
     """`ValueError` for what can only be a path, and is none of a model."""
     path = Path(name)
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{name} holds adapters only, as --no-merge writes them: give a folder with the whole model"
+            )
+        if not (path / "config.json").is_file():
             raise ValueError(f"{name} has no config.json: give a folder that save_pretrained wrote")
     elif path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(f"there is no folder {name}: give a folder that save_pretrained wrote, or a name on the Hub")

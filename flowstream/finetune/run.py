@@ -67,6 +67,9 @@ def _train(settings: Settings) -> None:
     _show(console, plan)
     if settings.dry_run:
         return
+    _make_folder("--out", settings.out)
+    if settings.cache not in ("memory", "none"):
+        _make_folder("--cache", Path(settings.cache))
     # The arguments join the processes of torchrun: the loader takes its part of the data after them.
     arguments = arguments_of(settings, plan, has_sets=bool(evaluation_sets), is_resumed=checkpoint is not None)
     set_seed(settings.seed)  # of new adapters
@@ -128,6 +131,9 @@ def _checkpoint(settings: Settings, world_size: int) -> Path | None:
     found = last_checkpoint(settings.out)
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file: give a folder")
+    for flag, name in (("--model", settings.model), ("--reference", settings.reference)):
+        if name is not None and settings.out.is_dir() and Path(name).is_dir() and settings.out.samefile(name):
+            raise ValueError(f"--out {settings.out} is the folder of {flag}, which would be written over: give another")
     if found is not None and not settings.resume and not settings.dry_run:
         raise ValueError(
             f"{settings.out} has {found.name} of a run: go on from it with --resume, or give another --out"
@@ -142,6 +148,16 @@ def _checkpoint(settings: Settings, world_size: int) -> Path | None:
             f"many as then (torchrun --nproc-per-node), or give another --out"
         )
     return found
+
+
+def _make_folder(flag: str, folder: Path) -> None:
+    """`ValueError` where nothing can be written, before the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be made ({error.strerror}): give another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {folder} cannot be written to: give another folder")
 
 
 def _log(settings: Settings, evaluation_sets: tuple[EvaluationSet, ...]) -> RunLog:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -96,6 +97,8 @@ class FlowCallback(Callback):
 
         def loss_of(batch: Any) -> Tensor:
             output: Any = trainer.strategy.training_step(batch, *([batch_idx] if takes_number else []))
+            if output is None:  # which Lightning skips
+                return torch.zeros(())
             loss: Tensor = output["loss"] if isinstance(output, dict) else output
             return loss
 
@@ -117,7 +120,8 @@ class FlowCallback(Callback):
         self.loader.num_trained += 1
         if trainer.is_last_batch:
             self.loader.end()
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
             metrics = self.stream.metrics()
             pl_module.log_dict({name: value for name, value in metrics.items() if math.isfinite(value)})
 
@@ -137,8 +141,8 @@ class FlowCallback(Callback):
         checkpoint[_KEY] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Each rank takes up its own."""
-        if not self.loader.has_begun:
+        """Each rank takes up its own; what is only validated or tested trains on no data."""
+        if not self.loader.has_begun or trainer.state.fn is not TrainerFn.FITTING:
             return
         states = checkpoint.get(_KEY)
         if states is None:

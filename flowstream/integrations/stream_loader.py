@@ -54,6 +54,8 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
                     is_empty = False
                     self.end_of_dataloader = self.stream.end_of_epoch and not self._is_endless
                     yield batch if self._place is None else self._place(batch)
+                if not is_empty:
+                    check_ended(self.stream)
                 if is_empty or not self._is_endless:
                     return
         finally:
@@ -106,6 +108,15 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
     def collate_fn(batch: Any) -> Any:
         """A batch is one already."""
         return batch
+
+
+def check_ended(stream: FlowStream) -> None:
+    """`RuntimeError` unless the epoch is over, for what iterates over it: a newer iterator may have ended it."""
+    if not stream.end_of_epoch:
+        raise RuntimeError(
+            "the training data were iterated over again while they were trained on, which ends the epoch in hand: a "
+            "callback that looks at the training loader? Let it look at a loader of its own"
+        )
 
 
 class _Silent:

@@ -67,6 +67,7 @@ class FlowTrainerMixin(_Base):
             _refuse_data_parallel(self.args)
             self._flow_loss = step_loss_of(self, FlowTrainerMixin)
         self._flow_loader: StreamLoader | None = None
+        self._flow_begins = False
         self._flow_to_check = self._flow.is_weighted and self._flow.check_weights
         self._flow_has_stepped = False
         self._flow_step_began: tuple[int, dict[str, Any]] | None = None
@@ -94,6 +95,10 @@ class FlowTrainerMixin(_Base):
 
     # -- the loader --------------------------------------------------------------------------------
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow_begins = True  # the loader that is asked for next is the training's, others are a callback's
+        return super()._inner_training_loop(*args, **kwargs)
+
     def get_train_dataloader(self) -> Any:
         """The trainer's own loader, with a stream around it."""
         accelerator = self.accelerator
@@ -103,13 +108,14 @@ class FlowTrainerMixin(_Base):
             inner = super().get_train_dataloader()
         finally:
             accelerator.device_placement = placement
-        if self.flow_stream is not None:
-            self.flow_stream.close()
         assert self._flow_scorer is not None
         stream = self._flow.stream(inner, self._flow_scorer, accumulate=self.args.gradient_accumulation_steps)
-        self.flow_stream = stream
-        self._flow_loader = StreamLoader(stream, inner, is_endless=_length(stream) is None)
-        return self._flow_loader
+        loader = StreamLoader(stream, inner, is_endless=_length(stream) is None)
+        if self._flow_begins or not self.is_in_train:
+            if self.flow_stream is not None:
+                self.flow_stream.close()
+            self.flow_stream, self._flow_loader, self._flow_begins = stream, loader, False
+        return loader
 
     def num_examples(self, dataloader: Any) -> int:
         """The trainer's, of the loader within."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetuning import problems, run, save_model, write_shards
 from tiny_tokenizers import CHAT, write_lines
+from transformers import AutoModelForCausalLM
 
 
 class Place:
@@ -60,6 +62,9 @@ def test_mistakes_are_told_in_one_line_that_says_what_to_do(place: Place, capsys
     chat = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "how", "response": "well " * 200}])
     (tmp_path / "file").touch()
+    shutil.copytree(place.model, tmp_path / "other")
+    (adapters := tmp_path / "adapters").mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
     for changed, told in (
         ({"model": tmp_path / "no"}, "there is no folder"),
         ({"model": tmp_path}, "has no config.json"),
@@ -82,7 +87,11 @@ def test_mistakes_are_told_in_one_line_that_says_what_to_do(place: Place, capsys
         ({"mode": "resample", "level": "token"}, "use --level sample, or --mode weight"),
         ({"lora_alpha": 4}, "give --lora-rank, too"),
         ({"lora_rank": 4, "reference": place.model}, "leave out --reference"),
-        ({"cache": tmp_path / "file"}, "file"),
+        ({"cache": tmp_path / "file"}, f"--cache {tmp_path / 'file'} cannot be made (File exists)"),
+        ({"out": tmp_path / "file" / "out"}, "cannot be made (Not a directory): give another folder"),
+        ({"out": place.model}, "is the folder of --model, which would be written over: give another"),
+        ({"out": tmp_path / "other", "reference": tmp_path / "other"}, "is the folder of --reference"),
+        ({"model": adapters}, "holds adapters only, as --no-merge writes them"),
     ):
         assert told in failed(capsys, **place.options(**changed)), changed
     assert not (place.folder / "out" / "checkpoint-1").exists()
@@ -124,3 +133,10 @@ def test_help_describes_every_option(capsys: Any) -> None:
         "--eval",
     ):
         assert option in told
+
+
+def test_a_single_step_learns(place: Place, tmp_path: Path) -> None:
+    asked = place.options(data=write_lines(tmp_path / "three.jsonl", problems(3)), out=tmp_path / "out")
+    assert run("train", **asked, tensorboard=False) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (place.model, tmp_path / "out"))
+    assert any(not torch.equal(one, other) for one, other in zip(before.parameters(), after.parameters(), strict=True))

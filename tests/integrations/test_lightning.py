@@ -304,6 +304,48 @@ def test_validation_has_the_models_own_loss_and_leaves_training_as_it_is(mode):
     assert measured["val_loss"] == pytest.approx(model.eval()(**batch).loss.item(), abs=1e-6)
 
 
+def test_validating_a_checkpoint_between_two_fits_moves_no_data(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    model = model_of()
+    flow = FlowCallback(stream_of(model))
+    trainer, module = trainer_of(flow, keep, max_steps=12), FlowModule(model, optimizer=sgd)
+    trainer.fit(module, flow.loader)
+    where = flow.stream.state_dict()["num_delivered"]
+    trainer.validate(module, loader_of(), ckpt_path=str(tmp_path / "step=4.ckpt"), verbose=False)
+    assert flow.stream.state_dict()["num_delivered"] == where
+
+
+class Looking(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            next(iter(trainer.train_dataloader))
+
+
+def test_a_callback_that_iterates_over_the_training_loader_does_not_end_training_without_a_word():
+    model = model_of()
+    with pytest.raises(RuntimeError, match="iterated over again while they were trained on"):
+        fit(model, stream_of(model), Looking(), max_epochs=2)
+
+
+def test_without_logging_it_trains():
+    model = model_of()
+    fit(model, stream_of(model), max_steps=2, log_every_n_steps=0)
+
+
+class Skipping(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        weight = batch.pop("flow_weight")
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx) * weight.mean()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_first_batch_that_is_skipped_proves_nothing_and_the_next_one_does():
+    model = model_of()
+    flow = FlowCallback(stream_of(model))
+    trainer_of(flow, max_steps=2).fit(Skipping(model), flow.loader)
+    assert not flow._to_check
+
+
 def test_a_look_pulls_nothing():
     loader = loader_of()
     model = model_of()

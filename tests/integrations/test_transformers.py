@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -479,3 +481,31 @@ def test_a_trainer_of_another_kind_takes_the_mixin(tmp_path):
     args.dataloader_pin_memory = False
     FlowSeq2SeqTrainer(model, args, train_dataset=Texts(), data_collator=collate, flow=fixed()).train()
     assert_alike(model, other, 1e-6)
+
+
+class Looking(TrainerCallback):
+    """Looks at the training loader in the midst of training."""
+
+    def __init__(self, look: Callable[[Any], object]) -> None:
+        self.look = look
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.look(kwargs["train_dataloader"])
+
+
+def test_a_callback_may_ask_for_a_loader_of_its_own_and_training_goes_on(tmp_path):
+    trainer = flow_trainer(model := sure_model(), tmp_path)
+    trainer.add_callback(Looking(lambda _: len(list(trainer.get_train_dataloader()))))
+    trainer.train()
+    undisturbed = flow_trainer(other := sure_model(), tmp_path)
+    undisturbed.train()
+    assert len(trainer.batches) == len(undisturbed.batches) == NUM_STEPS
+    assert_alike(model, other)
+
+
+def test_a_callback_that_iterates_over_the_training_loader_does_not_end_training_without_a_word(tmp_path):
+    trainer = flow_trainer(sure_model(), tmp_path)
+    trainer.add_callback(Looking(lambda loader: next(iter(loader))))
+    with pytest.raises(RuntimeError, match="iterated over again while they were trained on"):
+        trainer.train()
