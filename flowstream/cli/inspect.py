@@ -62,6 +62,7 @@ class Inspect:
         device = _device(self.device)
         from flowstream.finetune.collate import Collate
         from flowstream.finetune.pretrained import load_scorer, load_tokenizer
+        from flowstream.finetune.quiet import quiet
         from flowstream.finetune.tokens import read_tokens
         from flowstream.inspection import inspect_losses
         from flowstream.report.inspection import write_page
@@ -69,7 +70,8 @@ class Inspect:
         tokenizer = load_tokenizer(self.model)
         encoder = self.texts.encoder(tokenizer)
         samples = read_tokens(self.data, encoder, split=self.texts.split, limit=self.limit or None)
-        scorer = load_scorer(self.model, bf16=self.bf16, device=device)
+        with quiet():
+            scorer = load_scorer(self.model, bf16=self.bf16, device=device)
         inspection = inspect_losses(self._losses(samples, scorer, Collate.of(tokenizer)))
 
         def notes(positions: list[int]) -> list[SampleNote]:

@@ -115,7 +115,7 @@ def trained_by_hand(place: Place, *, epochs: int, accumulate: int) -> dict[str, 
         rows = list(order)
         steps += [rows[at : at + BATCH * accumulate] for at in range(0, len(rows), BATCH * accumulate)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    warm = math.ceil(0.03 * len(steps))
+    warm = math.floor(0.03 * len(steps))
     model.train()
     for step, rows in enumerate(steps):
         progress = (step - warm) / max(len(steps) - warm, 1)
