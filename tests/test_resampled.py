@@ -38,6 +38,7 @@ def test_thin_is_unbiased_on_a_stream_sorted_by_difficulty():
     assert np.abs(z).max() < 4, z
 
 
+@pytest.mark.soak
 def test_thin_is_unbiased_with_a_running_tau_given_the_taus_it_used():
     losses = torch.cat([gamma_losses(300), 2 * gamma_losses(300, seed=1)])
     differences = []

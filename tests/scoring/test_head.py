@@ -122,7 +122,9 @@ print(run(2048, int(sys.argv[1]), dtype))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(32_768, "float32"), (262_144, "bfloat16")])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [(32_768, "float32"), pytest.param(262_144, "bfloat16", marks=pytest.mark.soak)]
+)
 def test_memory_of_the_process_grows_by_less_than_the_default_budget(vocabulary: int, dtype: str) -> None:
     """2048 rows: their logits in fp32 would take 256 MB and 2 GB, and as much again their softmax."""
     command = [sys.executable, "-c", MEASURED, str(vocabulary), dtype]
