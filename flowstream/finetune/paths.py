@@ -1,8 +1,9 @@
-"""The files that a path or a brace pattern names, and what to write where one of them is not there."""
+"""The files that a path or a brace pattern names, what to write where one is not there, and folders to write to."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def nearest(name: str) -> str:
     if alike := difflib.get_close_matches(path.name, entries, n=1):
         return f" (did you mean {folder / alike[0]}?)"
     return ""
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """`ValueError` where nothing can be written, before the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {folder} cannot be made ({error.strerror}): give another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {folder} cannot be written to: give another folder")
 
 
 def _exists(name: str) -> bool:

@@ -25,6 +25,7 @@ from flowstream.finetune.checkpoints import last_checkpoint, num_ranks, step_of
 from flowstream.finetune.collate import Collate
 from flowstream.finetune.evaluation_sets import EvaluationSet, read_evaluation_sets
 from flowstream.finetune.loading import Material
+from flowstream.finetune.paths import make_folder
 from flowstream.finetune.plan import Plan, plan_of
 from flowstream.finetune.pretrained import check_fits, empty_models, load_model, load_tokenizer
 from flowstream.finetune.progress import ProgressLines
@@ -67,9 +68,9 @@ def _train(settings: Settings) -> None:
     _show(console, plan)
     if settings.dry_run:
         return
-    _make_folder("--out", settings.out)
+    make_folder("--out", settings.out)
     if settings.cache not in ("memory", "none"):
-        _make_folder("--cache", Path(settings.cache))
+        make_folder("--cache", Path(settings.cache))
     # The arguments join the processes of torchrun: the loader takes its part of the data after them.
     arguments = arguments_of(settings, plan, has_sets=bool(evaluation_sets), is_resumed=checkpoint is not None)
     set_seed(settings.seed)  # of new adapters
@@ -148,16 +149,6 @@ def _checkpoint(settings: Settings, world_size: int) -> Path | None:
             f"many as then (torchrun --nproc-per-node), or give another --out"
         )
     return found
-
-
-def _make_folder(flag: str, folder: Path) -> None:
-    """`ValueError` where nothing can be written, before the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag} {folder} cannot be made ({error.strerror}): give another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {folder} cannot be written to: give another folder")
 
 
 def _log(settings: Settings, evaluation_sets: tuple[EvaluationSet, ...]) -> RunLog:

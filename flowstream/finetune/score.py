@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flowstream.finetune.loading import Material
+from flowstream.finetune.paths import make_folder
 from flowstream.finetune.pretrained import load_scorer, load_tokenizer
 from flowstream.finetune.quiet import quiet
 from flowstream.finetune.settings import Texts
@@ -17,21 +18,16 @@ from flowstream.scoring.base import Level
 from flowstream.stream import FlowStream
 
 
+@quiet()
 def score(model: str, data: str, texts: Texts, *, cache: Path, level: Level, bf16: bool, batch_size: int) -> str | None:
     """Fill the cache; what came of it in words, on the first rank.
 
     Raises:
         ValueError, OSError: what the user can mend, in one line.
     """
-    with quiet():
-        return _score(model, data, texts, cache=cache, level=level, bf16=bf16, batch_size=batch_size)
-
-
-def _score(
-    model: str, data: str, texts: Texts, *, cache: Path, level: Level, bf16: bool, batch_size: int
-) -> str | None:
     encoder = texts.encoder(load_tokenizer(model))
     material = Material.of(data, encoder, split=texts.split)
+    make_folder("--cache", cache)
     is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cpu")
     if torch.cuda.is_available():

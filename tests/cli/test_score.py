@@ -38,6 +38,7 @@ def test_mistakes_are_told_in_one_line(model: str, tmp_path: Path, capsys: Any) 
     file = write_lines(tmp_path / "train.jsonl", problems(3))
     for changed, told in (
         ({"model": tmp_path / "no"}, "there is no folder"),
+        ({"cache": Path(file) / "losses"}, "cannot be made (Not a directory): give another folder"),
         ({"data": tmp_path / "no.jsonl"}, "there is no file"),
         ({"prompt_column": "question"}, "no column question"),
         ({"cache": file}, "train.jsonl"),

@@ -577,6 +577,7 @@ def test_a_body_that_cannot_be_compiled_is_scored_uncompiled_and_says_why(
     check_samples(llama, samples, scores)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_the_first_window_after_a_compiled_trial_compiles_nothing(tiny: Any, bounded_recompiles: None) -> None:
     scorer = CausalLMScorer(tiny("llama"), compile=True)
