@@ -22,8 +22,9 @@ _IN_GAP = (
     "or FixedTemperature(value)."
 )
 _UNIFORM = (
-    "ESS/n is {ess:.3f} at τ = {tau:.4g} nats: the weights are nearly uniform and carry no information, so this is "
-    "training with a smaller step. Try a stronger reference, or a smaller τ: TargetESS(0.7), or a lower quantile."
+    "ESS/n is {ess:.3f} at τ = {tau:.4g} nats: the weights are nearly uniform and carry no information. Weighting is "
+    "then training with a smaller step, resampling a random part of the data. Try a stronger reference, or a smaller "
+    "τ, such as TargetESS(0.7) with normalize=True (on the command line --target-ess 0.7 --normalize)."
 )
 
 

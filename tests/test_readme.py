@@ -86,9 +86,11 @@ def test_from_a_plain_loop(tiny, tmp_path, monkeypatch):
 
 
 def test_from_accelerate(tiny):
-    scorer = fs.CausalLMScorer(tiny("llama"))
     loader = DataLoader(Texts(), batch_size=4, collate_fn=collate)
-    names = {"accelerator": accelerate.Accelerator(cpu=True), "loader": loader, "scorer": scorer}
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = {"fs": fs, "model": model, "optimizer": optimizer, "loader": loader}
+    names["accelerator"] = accelerate.Accelerator(cpu=True)
     exec(snippet("import prepare"), names)
     batch = next(iter(names["loader"]))
     assert {"flow_weight", "flow_denominator"} <= batch.keys()
@@ -96,16 +98,16 @@ def test_from_accelerate(tiny):
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-def test_from_lightning():
+def test_from_lightning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = sure_model()
     before = untrained(model)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     names = {
         "fs": fs,
         "model": model,
-        "scorer": fs.CausalLMScorer(model),
         "loader": DataLoader(Texts(), batch_size=4, collate_fn=collate),
-        "Trainer": functools.partial(pl.Trainer, accelerator="cpu", enable_checkpointing=False, **quiet),
+        "Trainer": functools.partial(pl.Trainer, accelerator="cpu", **quiet),
     }
     code = snippet("FlowCallback(").replace("max_steps=1000", "max_steps=2").replace('"last"', "None")
     exec(code, names)

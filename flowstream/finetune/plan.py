@@ -94,8 +94,9 @@ def plan_of(
     num_steps = _num_steps(settings, num_samples, world_size)
     num_trained = num_steps * settings.batch_size * settings.accumulate * world_size
     if num_samples is not None and settings.mode == "weight":  # an epoch's last batches may be smaller
-        passes = num_steps / steps_a_pass(settings, num_samples, world_size)
-        num_trained = min(num_trained, math.ceil(num_samples * passes))
+        passes, rest = divmod(num_steps, steps_a_pass(settings, num_samples, world_size))
+        a_step = settings.batch_size * settings.accumulate * world_size
+        num_trained = passes * num_samples + min(rest * a_step, num_samples)
     num_scored = _num_scored(settings, num_samples, num_trained, world_size)
     parameters = list(model.parameters())
     num_parameters, num_trainable = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -99,6 +100,7 @@ def _train(settings: Settings) -> None:
     else:
         with lines:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _check_steps(trainer, plan, console)
     evaluated = trainer.run_log.evaluations
     if evaluation_sets and (not evaluated or evaluated[-1].step < trainer.state.global_step):
         trainer.evaluate()
@@ -112,6 +114,22 @@ def _train(settings: Settings) -> None:
         trainer.flow_stream.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _check_steps(trainer: FinetuningTrainer, plan: Plan, console: Console) -> None:
+    """`ValueError` where nothing was learned: an epoch of which resampling keeps nothing has no batch."""
+    done = trainer.state.global_step
+    if done >= plan.num_steps:
+        return
+    metrics = {} if trainer.flow_stream is None else trainer.flow_stream.metrics()
+    why = (
+        f"an epoch had no batch left: resampling keeps a sample with its weight, whose mean is "
+        f"{metrics.get('flow/mean_weight', math.nan):.2g} at τ = {metrics.get('flow/tau', math.nan):.4g} nats. Take a "
+        "larger τ (--quantile, or --target-ess nearer 1), or --mode weight"
+    )
+    if not done:
+        raise ValueError(f"no step was done, {why}")
+    console.print(f"only {done} of {plan.num_steps} steps were done: {why}", soft_wrap=True)
 
 
 def write_checkpoint(trainer: FinetuningTrainer, settings: Settings) -> None:

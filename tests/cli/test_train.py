@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import sys
@@ -112,6 +113,7 @@ def test_a_package_that_is_missing_is_told_before_the_work(
 def test_what_is_not_asked_for_need_not_be_installed(
     place: Place, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    importlib.import_module("flowstream.finetune.run")  # transformers looks for both in ways of its own
     for name in ("tensorboard", "peft"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "there is no file" in failed(capsys, **place.options(data="nowhere.jsonl", tensorboard=False))
@@ -133,6 +135,15 @@ def test_help_describes_every_option(capsys: Any) -> None:
         "--eval",
     ):
         assert option in told
+
+
+def test_where_resampling_keeps_nothing_no_untrained_model_is_written(place: Place, capsys: Any) -> None:
+    out = place.folder / "nothing"
+    texts = write_lines(place.folder / "sixty.jsonl", problems(60))
+    asked = place.options(data=texts, mode="resample", target_ess=0.2, max_steps=2, tensorboard=False, out=out)
+    assert run("train", **asked) == 1
+    assert "no step was done, an epoch had no batch left" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
 
 
 def test_a_single_step_learns(place: Place, tmp_path: Path) -> None:
