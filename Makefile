@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/demo.done
 	$(BIN)/flowstream demo
 
-# Four tests at a time, each on one core: on two cores, since those of many ranks mostly wait.
+# Three tests at a time, each on one core: on two cores, since those of many ranks mostly wait.
 test: .venv/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 # What a test does ten times with a fixed seed, a hundred times with another each time; what it does here and there,
 # everywhere.
