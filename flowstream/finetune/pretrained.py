@@ -78,7 +78,8 @@ def load_scorer(name: str, *, bf16: bool, device: torch.device) -> CausalLMScore
     """A frozen model that scores."""
     _check_path(name)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return _loaded(CausalLMScorer, name, "causal language model", dtype=dtype, device=device)  # type: ignore[no-any-return]
+    scorer: CausalLMScorer = _loaded(CausalLMScorer, name, "causal language model", dtype=dtype, device=device)
+    return scorer
 
 
 def _dtype_of(settings: Settings) -> torch.dtype:

@@ -139,9 +139,10 @@ def write_checkpoint(trainer: FinetuningTrainer, settings: Settings) -> None:
         return
     if trainer.is_world_process_zero():
         adapted: Any = trainer.accelerator.unwrap_model(trainer.model)
+        tokenizer: Any = trainer.processing_class
         adapted.save_pretrained(settings.out / "adapter")
         adapted.merge_and_unload().save_pretrained(settings.out)
-        trainer.processing_class.save_pretrained(settings.out)  # type: ignore[union-attr]
+        tokenizer.save_pretrained(settings.out)
     trainer.accelerator.wait_for_everyone()
 
 

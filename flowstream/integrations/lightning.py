@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from flowstream.integrations.lightning_callback import FlowCallback
-from flowstream.integrations.task import Task, bare, router_loss, task_of, weighted_loss
+from flowstream.integrations.task import Task, add_decoder_inputs, router_loss, task_of, weighted_loss
 
 __all__ = ["FlowCallback", "FlowModule"]
 
@@ -73,8 +73,7 @@ class FlowModule(LightningModule):
                 "predicted. Let the collate function make them, or override loss"
             )
         task = self._task or task_of(self.model)
-        if task == "encoder-decoder" and "decoder_input_ids" not in batch:
-            batch["decoder_input_ids"] = bare(self.model).prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        add_decoder_inputs(task, self.model, batch, labels)
         outputs = self(**batch)
         loss = weighted_loss(task, outputs, labels, weight, denominator=denominator)
         return loss + router_loss(self.model, outputs)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from flowstream.integrations.epoch_end import check_ended
 from flowstream.stream import FlowStream
 
 
@@ -53,11 +54,7 @@ class FlowLoader:
             try:
                 batch = next(batches)
             except StopIteration:
-                if not self.stream.end_of_epoch:
-                    raise RuntimeError(
-                        "the training data were iterated over again while they were trained on, which ends the epoch "
-                        "in hand: a callback that looks at trainer.train_dataloader? Let it look at a loader of its own"
-                    ) from None
+                check_ended(self.stream)
                 return
             self._states.append(before)
             self._num_delivered += 1

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import Trainer
 
-from flowstream.integrations.task import Task, bare, router_loss, task_of, weighted_loss
+from flowstream.integrations.task import Task, add_decoder_inputs, router_loss, task_of, weighted_loss
 
 _RESAMPLE = 'mode="resample" needs no weights'
 
@@ -70,8 +70,7 @@ class LogitsLoss:
                 f"a training batch has {found}: the weighted loss needs labels, and no shift_labels. Let the collate "
                 f"function make labels, -100 where nothing is to be predicted ({_RESAMPLE})"
             )
-        if self.task == "encoder-decoder" and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = bare(trainer.model).prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        add_decoder_inputs(self.task, trainer.model, inputs, labels)
         outputs = model(**inputs)
         loss = weighted_loss(
             self.task,

@@ -12,6 +12,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from torch.utils.data import IterableDataset
 
+from flowstream.integrations.epoch_end import check_ended
 from flowstream.stream import FlowStream
 
 
@@ -108,15 +109,6 @@ class StreamLoader(DataLoaderStateMixin, IterableDataset[Any]):
     def collate_fn(batch: Any) -> Any:
         """A batch is one already."""
         return batch
-
-
-def check_ended(stream: FlowStream) -> None:
-    """`RuntimeError` unless the epoch is over, for what iterates over it: a newer iterator may have ended it."""
-    if not stream.end_of_epoch:
-        raise RuntimeError(
-            "the training data were iterated over again while they were trained on, which ends the epoch in hand: a "
-            "callback that looks at the training loader? Let it look at a loader of its own"
-        )
 
 
 class _Silent:

@@ -87,6 +87,12 @@ def scorer_of(
     return kind(model, copy=True, device=device, trained_adapters=trained_adapters)
 
 
+def add_decoder_inputs(task: Task, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> None:
+    """Tell an encoder-decoder, which is not given its labels, what its decoder reads."""
+    if task == "encoder-decoder" and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = bare(model).prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+
+
 def weighted_loss(
     task: Task, outputs: Any, labels: Tensor, weight: Tensor, *, denominator: Any, label_smoothing: float = 0.0
 ) -> Tensor:

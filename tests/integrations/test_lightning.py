@@ -329,7 +329,7 @@ def test_a_callback_that_iterates_over_the_training_loader_does_not_end_training
 
 def test_without_logging_it_trains():
     model = model_of()
-    fit(model, stream_of(model), max_steps=2, log_every_n_steps=0)
+    assert fit(model, stream_of(model), max_steps=2, log_every_n_steps=0).global_step == 2
 
 
 class Skipping(Plain):
