@@ -235,7 +235,8 @@ def test_two_processes_equal_one_of_twice_the_batch_also_when_one_is_killed(
     asked = place.options("ranks", epochs=2, save_steps=7, log_steps=7, **place.evaluated) | {"batch_size": BATCH // 2}
     out, alone = asked["out"], place.weighted()
     end = lives.live("train", num_ranks=2, until=out / "checkpoint-14" / "trainer_state.json", **asked)
-    assert "SIGKILL" in end.stderr
+    assert end.status != 0  # torchrun may name the rank that was killed, or the one that then lost its peer
+    assert not (out / "checkpoint-21").exists()
     capsys.readouterr()
     assert run("train", **asked, resume=True) == 1
     assert "was written by 2 processes, and now there are 1: start as many as then" in capsys.readouterr().err
