@@ -76,6 +76,7 @@ def live(life: Life) -> End:
         pid = os.fork()
         if pid == 0:
             status = 70
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
             try:
                 for stream, path in enumerate(files, start=1):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)

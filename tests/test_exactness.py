@@ -108,7 +108,7 @@ def data(draw: st.DrawFn) -> Data:
 STOPS = st.lists(st.integers(0, 9), max_size=6)
 """Batches that are taken between one resume and the next."""
 
-LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+LAWS = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 def interrupted(stated: Data, mode: Any, stops: list[int], num_epochs: int = 2) -> list[list[dict[str, Tensor]]]:

@@ -31,7 +31,7 @@ def test_thin_is_unbiased_on_a_stream_sorted_by_difficulty():
     position = np.linspace(0, 1, 600)
     statistics = np.stack([np.ones(600), position > 0.5, losses.numpy(), position**2, np.cos(9 * position)])
     found = []
-    for seed in range(200):
+    for seed in range(100):
         ids = drawn(losses, seed).numpy()
         found.append(statistics[:, ids].sum(axis=1))
     z = z_scores(np.array(found), statistics @ weight)

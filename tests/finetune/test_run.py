@@ -313,8 +313,8 @@ def test_what_is_there_is_neither_overwritten_nor_taken_for_another_run(place: P
 
 def test_ctrl_c_ends_without_a_traceback(place: Place, lives: Lives) -> None:
     asked = place.options("interrupted", epochs=40, save_steps=5)
-    until = place.folder / "interrupted" / "checkpoint-5" / "trainer_state.json"
-    end = lives.live("train", until=until, number=signal.SIGINT, **asked)
+    until = place.folder / "interrupted" / "tensorboard"  # stays, while old checkpoints go
+    end = lives.live("train", until=until, delay=random.uniform(0.0, 0.5), number=signal.SIGINT, **asked)
     assert end.status == 130, end.stderr
     assert all(line.startswith(("step ", "ESS/n ")) for line in end.stderr.splitlines()), end.stderr
 
