@@ -5,6 +5,12 @@ those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream
 """
 
 from flowstream.checkpoint import load_state, save_state
+from flowstream.companions.dro import Dro
+from flowstream.companions.half_fine_tuning import HalfMask, half_fine_tuning
+from flowstream.companions.mofo import MoFO
+from flowstream.companions.reference_distance import DistanceToReference
+from flowstream.companions.wise_ft import interpolate, sweep_alphas
+from flowstream.companions.wise_ft_files import interpolate_checkpoints
 from flowstream.digest import Digest
 from flowstream.distributed.message import UnevenError
 from flowstream.distributed.rank_error import RankError
@@ -34,12 +40,16 @@ __all__ = [
     "CausalLMScorer",
     "ClassifierScorer",
     "Digest",
+    "DistanceToReference",
+    "Dro",
     "ElasticDistributedSampler",
     "FixedTemperature",
     "Flow",
     "FlowStream",
     "FunctionScorer",
+    "HalfMask",
     "HardFirst",
+    "MoFO",
     "Permuted",
     "Prescored",
     "Probability",
@@ -56,12 +66,16 @@ __all__ = [
     "Uniform",
     "WindowMedian",
     "check_weights_used",
+    "half_fine_tuning",
+    "interpolate",
+    "interpolate_checkpoints",
     "load_state",
     "merge_states",
     "register_source",
     "save_state",
     "split_by_rank",
     "stage",
+    "sweep_alphas",
     "webdataset_splitters",
     "weighted_cross_entropy",
     "weighted_linear_cross_entropy",

@@ -59,11 +59,9 @@ def shares(folder: Path, num_processes: int) -> list[list[str]]:
     return texts
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "is_forked"), [(2, False), pytest.param(4, True, marks=pytest.mark.soak)], ids=["2", "4"]
-)
-def test_ranks_of_unequal_shards_keep_in_step_and_see_each_sample_once(num_processes, is_forked, tmp_path):
-    steps, _, num_samples = run("multi_node", num_processes=num_processes, folder=tmp_path, is_forked=is_forked)
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_ranks_of_unequal_shards_keep_in_step_and_see_each_sample_once(num_processes, tmp_path):
+    steps, _, num_samples = run("multi_node", num_processes=num_processes, folder=tmp_path)
     texts = shares(tmp_path, num_processes)
     ranks = seen(tmp_path)
     assert steps == max(-(-len(share) // BATCH) for share in texts)
