@@ -126,6 +126,20 @@ def test_the_other_lines_of_the_readme_score_with_adapters_off_and_train_without
     torch.testing.assert_close(names["loss"], expected)
 
 
+def test_companions_train_together(tiny):
+    model, reference = tiny("llama"), tiny("llama")
+    before = untrained(model)
+    ids = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(0))
+    stream = fs.FlowStream([{"input_ids": part, "labels": part} for part in ids.split(4)], fs.CausalLMScorer(reference))
+    names = {"fs": fs, "torch": torch, "model": model, "reference": reference, "stream": stream}
+    exec(snippet("fs.MoFO("), names)
+    assert_trained(model, before)
+    assert all(torch.equal(dict(model.named_parameters())[name], before[name]) for name in names["mask"].frozen)
+    torch.testing.assert_close(
+        names["between"].lm_head.weight, before["lm_head.weight"].lerp(model.lm_head.weight, 0.5)
+    )
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\bfs\.(\w+)", README.read_text()))))
 def test_names_in_the_readme_are_public(name):
     assert name in fs.__all__
