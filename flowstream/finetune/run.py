@@ -67,6 +67,8 @@ def _train(settings: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan_of(settings, material, *models, device, world_size)
     _show(console, plan)
+    if checkpoint is not None:
+        console.print(f"resumes after step {step_of(checkpoint)}, from {checkpoint.name}")
     if settings.dry_run:
         return
     make_folder("--out", settings.out)
@@ -110,6 +112,9 @@ def _train(settings: Settings) -> None:
     if trainer.is_world_process_zero():
         write_report(log, settings.out / "report.html")
         console.print(f"checkpoint: {settings.out}\nreport: {settings.out / 'report.html'}")
+        if trainer.flow_stream is not None:
+            found = trainer.flow_stream.metrics()["flow/cache_hit_rate"]
+            console.print(f"of the reference's losses, {found:.0%} were in the cache")
     if trainer.flow_stream is not None:
         trainer.flow_stream.close()
     if dist.is_initialized():

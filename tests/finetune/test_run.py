@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -149,6 +150,7 @@ def test_losses_scored_ahead_are_found_and_accumulation_equals_large_batches(pla
     assert log is not None
     assert {row.cache_hit_rate for row in log.windows} == {1.0}
     assert furthest(weights_of(out), trained_by_hand(place, epochs=2, accumulate=4)) < 1e-5
+    assert "of the reference's losses, 100% were in the cache" in capsys.readouterr().out
     assert run("score", **asked) == 0
     assert "100% of them known" in capsys.readouterr().out
     assert run("score", **asked, bf16=True) == 0  # another dtype, other losses
@@ -218,6 +220,7 @@ def test_killed_and_resumed_equals_uninterrupted(kind: str, place: Place, lives:
         assert end.status == -9, end.stderr
     end = lives.live("train", resume=True, **asked)
     assert end.status == 0, end.stderr
+    assert re.search(r"^resumes after step \d+, from checkpoint-\d+$", end.stdout, re.MULTILINE)
     assert furthest(weights_of(out), weights_of(expected)) <= 1e-6
     found, uncut = (log_of(last_checkpoint(folder) or folder) for folder in (out, expected))
     assert found is not None
