@@ -7,6 +7,7 @@ from typing import Protocol
 import tyro
 
 from flowstream.cli.cache import Cache
+from flowstream.cli.compare import Compare
 from flowstream.cli.demo import Demo
 from flowstream.cli.inspect import Inspect
 from flowstream.cli.score import Score
@@ -22,6 +23,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Callable[..., Command]] = {
     "cache": Cache,
+    "compare": Compare,
     "demo": Demo,
     "inspect": Inspect,
     "score": Score,

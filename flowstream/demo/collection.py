@@ -1,18 +1,17 @@
 """The outcomes of all seeds, brought together into one `Results`."""
 
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
+from flowstream.compare.analysis import BASELINE, CONTROL
+from flowstream.compare.results import Figure, RunResult
+from flowstream.compare.versions import versions
 from flowstream.demo.experiment import SeedOutcome
-from flowstream.demo.feeds import BASELINE, CONTROL, METHODS
+from flowstream.demo.feeds import METHODS
 from flowstream.demo.preparation import Prepared
 from flowstream.demo.problems import LEVELS
-from flowstream.demo.results import Figure, MethodResult, Results, RunResult, Temperature
+from flowstream.demo.results import MethodResult, Results, Temperature
 
 
 def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[str, float]) -> Results:
@@ -21,7 +20,7 @@ def collect(prepared: Prepared, outcomes: Sequence[SeedOutcome], seconds: dict[s
     runs = [run for outcome in outcomes for run in outcome.runs]
     return Results(
         settings={"seeds": [outcome.seed for outcome in outcomes], **asdict(task.settings)},
-        versions=_versions(),
+        versions=versions(),
         corpus={
             "train_chars": prepared.num_train_chars,
             "train_tokens": prepared.num_train_tokens,
@@ -83,19 +82,3 @@ def _method(method: str, outcomes: Sequence[SeedOutcome], runs: Sequence[RunResu
         seconds=statistics.fmean(run.seconds for run in own),
         score_seconds=statistics.fmean(run.score_seconds for run in own),
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("flowstream", "torch", "transformers", "tokenizers", "webdataset", "matplotlib")
-    return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"

@@ -1,30 +1,17 @@
-"""What a fine-tuned model has learnt and kept: target loss, exact match, loss on held-out pre-training text."""
+"""The demo's splits: problems and held-out pre-training text, and the answers that a model writes to the problems."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from flowstream.compare import evaluation
+from flowstream.compare.evaluation import Measures
 from flowstream.demo.problems import Problem, read_answer
-from flowstream.demo.shards import IGNORED, Encoder
+from flowstream.demo.shards import Encoder
 
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Losses in nats a token; exact match as a share of the problems."""
-
-    target_loss: float
-    """Mean over all answer tokens."""
-    exact_match: float
-    """Share of worked answers that greedy decoding would write token for token: each is the most likely one given those
-    before it, which one forward pass tells."""
-    retained_loss: float
-    """Mean over the tokens of held-out standard-library text."""
 
 
 class EvaluationSplit:
@@ -33,37 +20,18 @@ class EvaluationSplit:
     def __init__(self, problems: Sequence[Problem], text: list[list[int]], encoder: Encoder) -> None:
         self.problems = tuple(problems)
         self._encoder = encoder
-        self._text = torch.tensor(text)
         encoded = sorted((encoder.encode(p.question, p.worked) for p in problems), key=lambda one: len(one.ids))
-        self._batches = [
-            encoder.collate((0, one) for one in encoded[start : start + _BATCH])
-            for start in range(0, len(encoded), _BATCH)
-        ]
+        self._split = evaluation.EvaluationSplit(
+            target=[
+                encoder.collate((0, one) for one in encoded[start : start + _BATCH])
+                for start in range(0, len(encoded), _BATCH)
+            ],
+            general=[{"input_ids": ids, "labels": ids} for ids in torch.tensor(text).split(_BATCH)],
+        )
 
-    @torch.no_grad()
     def measure(self, model: LlamaForCausalLM) -> Measures:
         """Losses and exact match of a model, by one pass over the split."""
-        model.eval()
-        total, num_tokens, num_exact = 0.0, 0, 0
-        for batch in self._batches:
-            logits = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            labelled = labels != IGNORED
-            total += float(F.cross_entropy(logits[labelled], labels[labelled], reduction="sum"))
-            num_tokens += int(labelled.sum())
-            num_exact += int(((logits.argmax(-1) == labels) | ~labelled).all(dim=1).sum())
-        retained = [
-            F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            * len(ids)
-            for ids in self._text.split(_BATCH)
-        ]
-        return Measures(
-            target_loss=total / num_tokens,
-            exact_match=num_exact / len(self.problems),
-            retained_loss=float(sum(retained)) / len(self._text),
-        )
+        return self._split.measure(model)
 
     @torch.no_grad()
     def answer_accuracy(self, model: LlamaForCausalLM, max_problems: int, max_new_tokens: int = 72) -> float:

@@ -1,27 +1,27 @@
 """One seed: every method at every learning rate, then each scoring method again within standard's FLOPs."""
 
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import flowstream as fs
-from flowstream.demo.analysis import Judged, Place, best_point, judge
+from flowstream.compare.analysis import BASELINE, Judged, Place, best_point, judge
+from flowstream.compare.feeds import uniform_subset
+from flowstream.compare.learner import Learner
+from flowstream.compare.pool import Report
+from flowstream.compare.results import RunResult, TauWindow
+from flowstream.compare.training import Rates, Run, afforded_steps, finetune
 from flowstream.demo.evaluation import decode_answers
-from flowstream.demo.feeds import BASELINE, METHODS, SCORING, Feeds, uniform_subset
+from flowstream.demo.feeds import METHODS, SCORING, Feeds
 from flowstream.demo.offline import OfflineFlow, score_offline
-from flowstream.demo.results import PointResult, ProblemSample, RunResult, TauWindow
+from flowstream.demo.results import ProblemSample
 from flowstream.demo.shards import Encoder
 from flowstream.demo.task import Task
-from flowstream.demo.training import Run, finetune
 
 _NUM_SHOWN = 3
 """Problems shown from each end of difficulty."""
-
-Report = Callable[[str], None]
-"""Told of every run that is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,18 @@ def run_seed(task: Task, seed: int, report: Report) -> SeedOutcome:
     for method in SCORING:
         own = [run for run in bench.results if run.method == method]
         chosen = best_point(own)
-        costs = [spent.flops(bench.num_parameters) for spent in bench.runs[chosen[:3]].spent]
+        if chosen is None:
+            continue
+        rates = Rates.of(bench.num_parameters, bench.num_parameters, bench.num_parameters)
+        afforded = afforded_steps(bench.runs[chosen[:3]].spent, rates, allowance)
         # Fewer steps by a schedule of its own: to stop a longer run early would compare models at a high learning rate.
-        bench.run("equal_flops", method, chosen.learning_rate, bisect_right(costs, allowance))
+        bench.run("equal_flops", method, chosen.learning_rate, afforded)
     judged = judge(
         bench.results,
         lambda place: bench.splits["test"].measure(bench.restore(place)),
         lambda place: bench.splits["test"].answer_accuracy(bench.restore(place), settings.num_decoded),
+        methods=METHODS,
+        rerun=SCORING,
     )
     offline, standard = bench.feeds.offline, judged.choices["equal_steps"][BASELINE]
     assert standard is not None  # standard fine-tuning is its own budget
@@ -90,6 +95,7 @@ class _Bench:
         torch.manual_seed(seed)
         self.runs: dict[tuple[str, str, float], Run] = {}
         self.results: list[RunResult] = []
+        self.snapshots: dict[Place, dict[str, Tensor]] = {}
         self.encoder = task.encoder()
         self.splits = task.splits(self.encoder)
         self.reference = task.model().eval()
@@ -117,48 +123,32 @@ class _Bench:
                 subset = uniform_subset(len(self._task.problems), num_kept, self._seed)
             with self.feeds.open(method, subset) as feed:
                 run = finetune(
-                    self._task.checkpoint,
+                    Learner(self.reference, seed=self._seed),
                     feed,
                     learning_rate=learning_rate,
                     steps=steps,
                     measured_at=settings.measured_steps | {steps},
                     measure=self.splits["validation"].measure,
+                    keep=lambda step, state: self.snapshots.update({Place(budget, method, learning_rate, step): state}),
                     trace_every=settings.window,
                 )
             self.runs[budget, method, learning_rate] = run
-            self.results.append(self._result(budget, method, learning_rate, run))
+            self.results.append(
+                run.result(
+                    seed=self._seed,
+                    budget=budget,
+                    method=method,
+                    learning_rate=learning_rate,
+                    num_reference=self.num_parameters,
+                )
+            )
         self._report(f"seed {self._seed}: {METHODS[method]}, {learning_rate:.2g}")
 
     def restore(self, place: Place) -> LlamaForCausalLM:
         """The model as it stood at a point."""
         model = self._task.model()
-        model.load_state_dict(self.runs[place[:3]].snapshots[place.step])
+        model.load_state_dict(self.snapshots[place])
         return model
-
-    def _result(self, budget: str, method: str, learning_rate: float, run: Run) -> RunResult:
-        points = tuple(
-            PointResult(
-                step=point.step,
-                target_loss=point.validation.target_loss,
-                exact_match=point.validation.exact_match,
-                retained_loss=point.validation.retained_loss,
-                train_tokens=point.spent.train_tokens,
-                score_tokens=point.spent.score_tokens,
-                flops=point.spent.flops(self.num_parameters),
-            )
-            for point in run.points
-        )
-        return RunResult(
-            seed=self._seed,
-            budget=budget,
-            method=method,
-            learning_rate=learning_rate,
-            points=points,
-            num_samples=run.num_samples,
-            seconds=run.seconds,
-            score_seconds=run.score_seconds,
-            acceptance=run.acceptance,
-        )
 
 
 def _samples(task: Task, offline: OfflineFlow, model: LlamaForCausalLM, encoder: Encoder) -> tuple[ProblemSample, ...]:

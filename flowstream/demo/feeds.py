@@ -1,17 +1,11 @@
 """The six methods, as what each of them feeds to the same training loop."""
 
-import random
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-from torch import Tensor
 
 import flowstream as fs
+from flowstream.compare import feeds
+from flowstream.compare.feeds import Batches, Feed
 from flowstream.demo.offline import OfflineFlow, OfflineWeighted
 from flowstream.demo.shards import Encoder, open_shards
 
@@ -25,62 +19,16 @@ METHODS = {
 }
 """Name → how a reader knows it. The resampler goes before the subsample, which takes its count from it."""
 
-BASELINE = "standard"
-CONTROL = "permuted"
-"""The same weights on other samples: what it gains as well is not owed to which samples are weighted."""
-
 SCORING = ("exact", "weighted", "resampled", "permuted")
 """The methods that score problems, and so have less FLOPs left to train with."""
 
-Batches = Iterable[dict[str, Tensor]]
-
-
-@dataclass(kw_only=True)
-class Tap:
-    """A loader that remembers which problems passed: what a stream had to score, however far it reads ahead."""
-
-    loader: Batches
-    passed: set[int] = field(default_factory=set)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.loader:
-            self.passed.update(batch["sample"].tolist())
-            yield batch
-
-
-class Feed(AbstractContextManager["Feed"]):
-    """Batches without end, and what they cost. Leaving the context closes the stream behind it."""
-
-    def __init__(
-        self,
-        batches: Batches,
-        stream: "fs.FlowStream | None" = None,
-        scored: Collection[int] = (),
-        lengths: list[int] | None = None,
-    ) -> None:
-        self._batches, self._stream, self._scored, self._lengths = batches, stream, scored, lengths or []
-
-    def take(self, num_batches: int) -> Iterator[dict[str, Tensor]]:
-        """The first batches, of as many epochs as that needs."""
-        return islice(self._epochs(), num_batches)
-
-    def score_tokens(self) -> int:
-        """Tokens that the reference has scored so far, each problem counted once (the cache remembers it)."""
-        return sum(self._lengths[number] for number in self._scored)
-
-    def metrics(self) -> dict[str, float]:
-        """The stream's metrics; empty where there is no stream."""
-        return self._stream.metrics() if self._stream is not None else {}
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def _epochs(self) -> Iterator[dict[str, Tensor]]:
-        while True:
-            yield from self._batches
+_FEEDS = {
+    "standard": "standard",
+    "weighted": "flow",
+    "resampled": "resample",
+    "permuted": "permuted",
+    "subsampled": "subsample",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,35 +49,20 @@ class Feeds:
 
     def open(self, method: str, subset: frozenset[int] | None = None) -> Feed:
         """What `method` trains on; `subset` are the problems that a uniform subsample keeps."""
-        loader = open_shards(self.shards, self.encoder, batch=self.batch, seed=self.seed, only=subset)
-        match method:
-            case "standard" | "subsampled":
-                return Feed(loader)
-            case "exact":
-                weighted = OfflineWeighted(loader=loader, flow=self.offline)
-                return Feed(weighted, scored=range(len(self.lengths)), lengths=self.lengths)
-            case "weighted":
-                return self._stream(loader, mode="weight")
-            case "resampled":
-                return self._stream(loader, mode="resample")
-            case "permuted":
-                return self._stream(loader, mode="weight", policy=fs.Permuted(fs.Flow()))
-            case _:
-                raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-
-    def _stream(self, loader: Batches, **options: Any) -> Feed:
-        tap = Tap(loader=loader)
-        stream = fs.FlowStream(
-            tap,
-            self.scorer,
-            temperature=fs.RunningMedian(warmup_samples=self.warmup_samples),
-            window=self.window,
+        if method == "exact":
+            weighted = OfflineWeighted(loader=self._loader(None), flow=self.offline)
+            return Feed(weighted, scored=range(len(self.lengths)), lengths=self.lengths)
+        if method not in _FEEDS:
+            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        shared = feeds.Feeds(
+            open_loader=self._loader,
+            lengths=self.lengths,
             seed=self.seed,
-            **options,
+            scorer=self.scorer,
+            window=self.window,
+            warmup_samples=self.warmup_samples,
         )
-        return Feed(stream, stream, tap.passed, self.lengths)
+        return shared.open(_FEEDS[method], subset)
 
-
-def uniform_subset(num_problems: int, num_kept: int, seed: int) -> frozenset[int]:
-    """`num_kept` problems, each as likely as any other."""
-    return frozenset(random.Random(seed).sample(range(num_problems), num_kept))
+    def _loader(self, subset: frozenset[int] | None) -> Batches:
+        return open_shards(self.shards, self.encoder, batch=self.batch, seed=self.seed, only=subset)

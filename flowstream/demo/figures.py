@@ -1,16 +1,14 @@
-"""The report's figures, each drawn from `Results` as a piece of SVG that needs nothing from outside."""
-
-import math
-from collections.abc import Sequence
-from typing import Any
+"""The demo's figures, each drawn from `Results` as a piece of SVG that needs nothing from outside."""
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from flowstream.demo.feeds import BASELINE, METHODS
-from flowstream.demo.frontier import Frontier, envelope
+from flowstream.compare import figures
+from flowstream.compare.figures import Look
+from flowstream.compare.results import BUDGETS
+from flowstream.demo.feeds import METHODS
 from flowstream.demo.problems import LEVELS
-from flowstream.demo.results import Results, RunResult
+from flowstream.demo.results import Results
 from flowstream.report.svg import PALETTE, svg
 
 COLOURS = {
@@ -26,60 +24,24 @@ _MARKERS = {"standard": "o", "exact": "s", "weighted": "D", "resampled": "^", "p
 _LEVEL_COLOURS = tuple(PALETTE[name] for name in ("sky", "green", "orange", "vermilion"))
 
 
+_LOOKS = {
+    method: Look(title=title, colour=COLOURS[method], marker=_MARKERS[method]) for method, title in METHODS.items()
+}
+
+
 def retention_figure(results: Results) -> str:
     """Retained loss against target loss: every point of every run on validation, one panel a seed, and the curves."""
-    seeds = [curve.seed for curve in results.curves][:3]
-    figure = Figure(figsize=(5.6 * len(seeds), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(seeds), squeeze=False, sharey=True)[0]
-    for panel, seed in zip(panels, seeds, strict=True):
-        for method in METHODS:
-            runs = [r for r in results.runs if (r.budget, r.method, r.seed) == ("equal_steps", method, seed)]
-            target, retained = _losses(runs)
-            kept = envelope(target, retained)
-            curve = Frontier.through(target[kept], retained[kept])
-            grid = np.linspace(curve.target[0], curve.target[-1], 100)
-            line = [curve.retained_at(level) for level in grid]
-            panel.plot(grid, line, color=COLOURS[method], lw=2.4 if method == BASELINE else 1.1, zorder=2)
-            panel.scatter(
-                target,
-                retained,
-                s=22,
-                marker=_MARKERS[method],
-                color=COLOURS[method],
-                label=METHODS[method],
-                alpha=0.75,
-                linewidths=0,
-                zorder=3,
-            )
-        panel.axhline(results.reference["validation"]["retained_loss"], color="#999999", lw=0.8, ls=":")
-        panel.set(title=f"seed {seed}", xlabel="target loss on validation (nats a token)")
-    panels[0].set_ylabel("loss on held-out pre-training text (nats a token)")
-    panels[-1].legend(frameon=False, fontsize=8)
-    return svg(figure)
+    seeds = [curve.seed for curve in results.curves]
+    before = results.reference["validation"]["retained_loss"]
+    return figures.retention_figure(results.runs, seeds, _LOOKS, reference_loss=before)
 
 
 def gain_figure(results: Results) -> str:
     """Gain over standard fine-tuning's curve on the test split: one dot a seed, the mean as a bar, both budgets."""
-    methods = [method for method in METHODS if method != BASELINE]
-    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    titles = {"equal_steps": "at equal steps", "equal_flops": "at equal FLOPs, scoring charged"}
-    for panel, (budget, title) in zip(panels, titles.items(), strict=True):
-        for row, method in enumerate(methods):
-            result = getattr(results.methods[method], budget)
-            gains = [choice.gain for choice in result.choices if math.isfinite(choice.gain)]
-            if gains:
-                panel.barh(row, result.mean, color=COLOURS[method], alpha=0.35, height=0.6)
-                panel.scatter(gains, [row] * len(gains), color=COLOURS[method], s=26, zorder=3)
-            if result.num_outside:
-                panel.annotate(
-                    f"{result.num_outside} outside", (0, row), xytext=(4, -10), textcoords="offset points", fontsize=7
-                )
-        panel.axvline(0, color="#222222", lw=1)
-        panel.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
-        panel.set(title=title, xlabel="nats a token retained above standard's curve")
-    panels[0].invert_yaxis()
-    return svg(figure)
+    of_budgets = {
+        budget: {method: getattr(result, budget) for method, result in results.methods.items()} for budget in BUDGETS
+    }
+    return figures.gain_figure(of_budgets, _LOOKS)
 
 
 def tau_figure(results: Results) -> str:
@@ -130,11 +92,6 @@ def pretraining_figure(results: Results) -> str:
     panel.plot((np.arange(len(means)) + 1) * width, means, color=COLOURS["standard"])
     panel.set(xlabel="step", ylabel="pre-training loss (nats a token)")
     return svg(figure)
-
-
-def _losses(runs: Sequence[RunResult]) -> tuple[Any, Any]:
-    points = [point for run in runs for point in run.points]
-    return np.array([p.target_loss for p in points]), np.array([p.retained_loss for p in points])
 
 
 def _styles() -> list[str]:

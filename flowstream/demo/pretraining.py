@@ -9,7 +9,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flowstream.demo.training import learning_rate_at
+from flowstream.compare.training import learning_rate_at
 
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 

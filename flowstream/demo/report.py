@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from flowstream.compare.analysis import BASELINE
 from flowstream.demo import figures
-from flowstream.demo.feeds import BASELINE, METHODS
+from flowstream.demo.feeds import METHODS
 from flowstream.demo.results import Results
 from flowstream.demo.summary import spread_of_weights, summary_rows, verdict
 from flowstream.report.page import narrow, page, pairs, sample, table, text

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flowstream.compare.pool import run_side_by_side
 from flowstream.demo.collection import collect
+from flowstream.demo.experiment import run_seed
 from flowstream.demo.feeds import SCORING
-from flowstream.demo.pool import run_seeds
 from flowstream.demo.preparation import prepare
 from flowstream.demo.report import write_report
 from flowstream.demo.results import Results
@@ -48,7 +49,7 @@ def run(settings: Settings, seeds: Sequence[int], out: Path) -> Results:
             progress.update(bar, advance=1, description=what)
 
         with _timed(seconds, "fine-tuning"):
-            outcomes = run_seeds(prepared.task, seeds, finished)
+            outcomes = run_side_by_side(run_seed, prepared.task, seeds, finished, max_processes=settings.max_processes)
     seconds["total"] = time.perf_counter() - began
     results = collect(prepared, outcomes, seconds)
     results.save(out / "results.json")

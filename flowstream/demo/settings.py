@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 
-from flowstream.demo.feeds import BASELINE, METHODS
+from flowstream.compare.analysis import BASELINE
+from flowstream.demo.feeds import METHODS
 from flowstream.demo.pretraining import ModelSize
 
 

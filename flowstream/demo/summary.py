@@ -4,8 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from flowstream.demo.feeds import BASELINE, CONTROL, METHODS
-from flowstream.demo.results import Figure, Results
+from flowstream.compare.analysis import BASELINE, CONTROL
+from flowstream.compare.results import Figure
+from flowstream.demo.feeds import METHODS
+from flowstream.demo.results import Results
 
 _UNIFORM_ESS = 0.97
 

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import flowstream as fs
-from flowstream.demo.feeds import METHODS, Feeds, uniform_subset
+from flowstream.compare.feeds import uniform_subset
+from flowstream.demo.feeds import METHODS, Feeds
 from flowstream.demo.offline import score_offline
 from flowstream.demo.problems import Problem
 from flowstream.demo.shards import Encoder, open_shards, write_shards

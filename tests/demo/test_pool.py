@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flowstream.demo.experiment import SeedOutcome
-from flowstream.demo.pool import run_seeds
+from flowstream.compare.pool import run_side_by_side
+from flowstream.demo.experiment import SeedOutcome, run_seed
 from flowstream.demo.preparation import prepare
 from flowstream.demo.settings import QUICK
 
@@ -37,8 +37,8 @@ def test_seeds_side_by_side_find_what_seeds_in_turn_find(tmp_path: Path) -> None
     )
     task = prepare(settings, tmp_path, lambda step: None).task
     told: list[str] = []
-    in_turn = run_seeds(task, [0, 1], told.append)
+    in_turn = run_side_by_side(run_seed, task, [0, 1], told.append, max_processes=1)
     assert len(told) == 20
-    side_by_side = run_seeds(replace(task, settings=replace(settings, max_processes=2)), [0, 1], told.append)
+    side_by_side = run_side_by_side(run_seed, task, [0, 1], told.append, max_processes=2)
     assert losses(side_by_side) == losses(in_turn)
     assert sorted(told[:20]) == sorted(told[20:])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import PchipInterpolator
 from scipy.spatial import ConvexHull
 
-from flowstream.demo.frontier import Frontier, best_sum, envelope, mean_gain
+from flowstream.compare.frontier import Frontier, best_sum, envelope, mean_gain
 
 
 def line(target: float) -> float:
