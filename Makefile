@@ -45,6 +45,8 @@ bench: .venv/test.done
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/trainers.py
+	$(BIN)/python benchmarks/vision.py
+	$(BIN)/python benchmarks/rehearsal.py
 	$(BIN)/python benchmarks/gpu_overlap.py
 
 clean:

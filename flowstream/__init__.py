@@ -7,6 +7,8 @@ those losses (Sanyal et al., ICML 2025, arXiv 2502.02797), while the data stream
 from flowstream.checkpoint import load_state, save_state
 from flowstream.companions.dro import Dro
 from flowstream.companions.half_fine_tuning import HalfMask, half_fine_tuning
+from flowstream.companions.linear_probe import linear_probe, with_original_head
+from flowstream.companions.mixup import mixup
 from flowstream.companions.mofo import MoFO
 from flowstream.companions.reference_distance import DistanceToReference
 from flowstream.companions.wise_ft import interpolate, sweep_alphas
@@ -69,8 +71,10 @@ __all__ = [
     "half_fine_tuning",
     "interpolate",
     "interpolate_checkpoints",
+    "linear_probe",
     "load_state",
     "merge_states",
+    "mixup",
     "register_source",
     "save_state",
     "split_by_rank",
@@ -80,4 +84,5 @@ __all__ = [
     "weighted_cross_entropy",
     "weighted_linear_cross_entropy",
     "weighted_lm_loss",
+    "with_original_head",
 ]

@@ -12,6 +12,7 @@ from flowstream.cli.demo import Demo
 from flowstream.cli.inspect import Inspect
 from flowstream.cli.score import Score
 from flowstream.cli.train import Train
+from flowstream.cli.vision import Vision
 
 
 class Command(Protocol):
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "inspect": Inspect,
     "score": Score,
     "train": Train,
+    "vision": Vision,
 }
 """Name on the command line → options. A module of a command imports torch in `run`, not before."""
 

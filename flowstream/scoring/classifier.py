@@ -51,6 +51,18 @@ class _Row:
     """A class, a distribution [C], or a set of labels [C]."""
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a classifier's forward takes of a batch, on its device and in its dtype."""
+
+    positional: tuple[Tensor, ...]
+    named: dict[str, Tensor]
+
+    def run(self, model: nn.Module, **options: Any) -> Any:
+        """The model's output."""
+        return model(*self.positional, **self.named, **options)
+
+
 class ClassifierScorer:
     """Cross-entropy of any classifier, frozen. A `Scorer`, of samples only.
 
@@ -146,6 +158,15 @@ class ClassifierScorer:
         self._runtime.budget.load_state_dict(state)
 
     # Reading
+
+    def read(self, batch: Any, number: int) -> tuple[Inputs, Tensor]:
+        """Of the loader's batch of this number: what the forward takes, and the targets, on the CPU.
+
+        `ValueError` for what is no batch of a classifier.
+        """
+        place = Place(number)
+        inputs, labels = self._split(batch, place)
+        return self._inputs(inputs), self._targets(labels, place)[0]
 
     def _read(
         self, batch: Any, place: Place, namespace: Namespace | None, row_keys: Sequence[object] | None
@@ -299,20 +320,22 @@ class ClassifierScorer:
 
     def _run(self, samples: list[Sample]) -> Tensor:
         rows: list[_Row] = [sample.content for sample in samples]
-        device, dtype = self._reference.device, self._reference.dtype
         with self._reference.frozen() as model:
-            inputs = self._stack([row.inputs for row in rows])
+            inputs = self._inputs(self._stack([row.inputs for row in rows]))
             targets = torch.stack([row.target for row in rows])
-            on_device = {name: to_device(value, device) for name, value in inputs.items()}
-            on_device = {name: v.to(dtype) if v.is_floating_point() else v for name, v in on_device.items()}
-            lone = [on_device.pop(_POSITIONAL)] if _POSITIONAL in on_device else []
-            output = model(*lone, **on_device, **without_cache(self._reference))
-            logits = logits_of(output)
+            logits = logits_of(inputs.run(model, **without_cache(self._reference)))
             self._check_logits(logits, targets)
-            logits, wanted = logits.float(), to_device(targets, device)
+            logits, wanted = logits.float(), to_device(targets, self._reference.device)
             if self._multi_label:
                 return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
             return F.cross_entropy(logits, wanted, reduction="none")
+
+    def _inputs(self, values: dict[str, Tensor]) -> Inputs:
+        device, dtype = self._reference.device, self._reference.dtype
+        moved = {name: to_device(value, device) for name, value in values.items()}
+        moved = {name: value.to(dtype) if value.is_floating_point() else value for name, value in moved.items()}
+        positional = (moved.pop(_POSITIONAL),) if _POSITIONAL in moved else ()
+        return Inputs(positional, moved)
 
     def _stack(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows as a batch, texts padded on the right and masked."""
