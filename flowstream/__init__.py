@@ -22,6 +22,7 @@ from flowstream.guard import check_weights_used
 from flowstream.linear_cross_entropy import weighted_linear_cross_entropy
 from flowstream.losses import weighted_cross_entropy, weighted_lm_loss
 from flowstream.policies import Flow, HardFirst, Permuted, Probability, Threshold, Uniform
+from flowstream.rehearsal import Rehearsal
 from flowstream.samplers import Systematic, Thin
 from flowstream.scoring import (
     CausalLMScorer,
@@ -56,6 +57,7 @@ __all__ = [
     "Prescored",
     "Probability",
     "RankError",
+    "Rehearsal",
     "RunningMedian",
     "Scorer",
     "Seq2SeqLMScorer",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowstream.batch import attach, device_of
+from flowstream.batch import attach, device_of, num_rows
 from flowstream.distributed.message import Agreed
 from flowstream.scoring.device import copied_to
 from flowstream.settings import Settings
@@ -22,6 +22,8 @@ class Delivery:
     batch: Any
     weight: Tensor | None
     extras: Mapping[str, Tensor]
+    rehearsed: Tensor | None = None
+    """The prior sample that each row is, of a rehearsed batch."""
 
     def complete(self, settings: Settings) -> Any:
         """The batch as `attach` says, with tensors of its own on the labels' device."""
@@ -29,6 +31,9 @@ class Delivery:
         named = {} if self.weight is None else {"flow_weight": self.weight}
         # Copies: what was cut from a window's tensor would share its storage, and its version, with other batches.
         own = {name: copied_to(value, device) for name, value in {**named, **self.extras}.items()}
+        if settings.rehearsal is not None:
+            marks = torch.full((num_rows(self.batch),), -1) if self.rehearsed is None else self.rehearsed
+            own["flow_rehearsed"] = copied_to(marks, device)
         if settings.attach == "key":
             return attach(self.batch, own)
         weight = own.pop("flow_weight")
@@ -54,6 +59,9 @@ def step_counts(counts: Sequence[int], settings: Settings) -> tuple[int, ...]:
 def denominator_of(position: int, agreed: Agreed, settings: Settings) -> Tensor:
     """Labelled tokens (or samples) of the step that a delivery belongs to, over all ranks, a rank's share of it: 0-d.
 
+    `position`: among the window's own batches.
+
     Divided by the number of ranks, so that a mean of the ranks' gradients is the gradient of one large batch.
     """
-    return torch.tensor(agreed.counts[position // settings.accumulate] / agreed.world_size)
+    step = agreed.steps[position] if agreed.steps else position // settings.accumulate
+    return torch.tensor(agreed.counts[step] / agreed.world_size)

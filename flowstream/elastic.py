@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowstream.elastic_sampler import consumed
+from flowstream.rehearsal.settled import merged
 from flowstream.state import ANY_WORLD_SIZE, on_cpu
 
 __all__ = ["merge_states"]
@@ -47,7 +48,8 @@ def merge_states(states: Sequence[Mapping[str, Any]], *, strict: bool = True) ->
                 f"the states are of different steps: (window, batch, first batch) are {places}. Give those of one step"
             )
         if first["elastic"] is not None:
-            num_batches = positions[0]["first_delivery"] + positions[0]["delivered"]
+            # Of the loader's own: rehearsed batches are none of its samples.
+            num_batches = positions[0]["first_delivery"] + positions[0].get("num_own", positions[0]["delivered"])
             first["offset"] = consumed(first["offset"], len(states), num_batches=num_batches, **first["elastic"])
             parts = [on_cpu(one["part"]) for one in positions]
         elif strict:
@@ -59,6 +61,10 @@ def merge_states(states: Sequence[Mapping[str, Any]], *, strict: bool = True) ->
             )
         else:
             first["offset"] = 0
+    if "rehearsal" in first:
+        books = [state["rehearsal"][0] for state in states]
+        settled, book = merged([state["running"][0]["rehearsal"] for state in states], books)
+        first |= {"rehearsal": (book,), "running": ({**first["running"][0], "rehearsal": settled},)}
     return first | {
         "world_size": ANY_WORLD_SIZE,
         "position": (None,),

@@ -18,6 +18,7 @@ from flowstream.opening import dry_ranks, first_batch, is_over, supply
 from flowstream.position import described, go_to, stored_losses, too_short
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead
+from flowstream.rehearsal.mixing import Mixed
 from flowstream.resampled import ResampledWindow
 from flowstream.running import Running
 from flowstream.scoring.base import Scorer
@@ -72,7 +73,7 @@ class Epoch:
         self._recipe: Recipe | None = None
         self._shape = Shape(1)
         self._making: Window | None = None
-        self._current: Window | None = None
+        self._current: Window | Mixed | None = None
         self._agreed: Agreed | None = None
         self._is_last = False
         self._anchor: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -103,6 +104,8 @@ class Epoch:
         self.num_delivered += 1
         self._running.num_emitted += num_samples_delivered
         self._running.num_delivered += 1
+        if isinstance(self._current, Mixed):
+            self._current.note(self._position - 1)
         return batch
 
     @property
@@ -138,8 +141,13 @@ class Epoch:
             return None, self._begun_with
         position, running = self._anchor
         position = {**position, "delivered": self._position}
-        if self._is_elastic and isinstance(self._current, WeightedWindow):
-            position["part"] = self._current.part(self._position)
+        current, num_own = self._current, self._position
+        window = current
+        if isinstance(current, Mixed):
+            window, num_own = current.window, current.num_own(num_own)
+        if self._is_elastic and isinstance(window, WeightedWindow):
+            position["part"] = window.part(num_own)
+            position["num_own"] = num_own
         return position, running
 
     def rewind(self) -> None:
@@ -184,6 +192,8 @@ class Epoch:
         size = max(message.size for message in opened)
         self._set_size(size, first_size(self._settings, self._running.temperature.warmup_samples, size, opened))
         supply(opened, self._settings, self._meetings, self._reader, self._filling)
+        if self._running.rehearsing is not None:
+            self._running.rehearsing.begin()
         self._making = self._make(0, 0, 0)
 
     def _look_at_first(self, place: Message) -> Message:
@@ -293,7 +303,10 @@ class Epoch:
                     self._making = self._window(window.terms)
                 self._reader.reraise(self.where, at_once=True)
             self._scorer.check()
-            return window.report()
+            message, rehearsing = window.report(), self._running.rehearsing
+            if rehearsing is not None:
+                message = replace(message, tallies=rehearsing.tell(window.contents().costs))
+            return message
 
         self._meetings.call(window.terms.place(position), build)
 
@@ -319,17 +332,20 @@ class Epoch:
             if not self._meetings.is_called:
                 self._call(window, position)
             self._agreed = self._agree()
-        agreed = self._agreed
+        before, current = running.state_dict(), self._mixed(window, self._agreed, position)
+        agreed = current.agreed if isinstance(current, Mixed) else self._agreed
         window.settle(agreed)
         now = time.perf_counter()
         running.wait_seconds += now - started
         running.window_seconds, self._entered_at = now - self._entered_at, now
         if window.num_deliveries:
             assert self._recipe is not None
-            anchor = described(window, self._recipe, reader, self._shape), running.state_dict()
+            anchor = described(window, self._recipe, reader, self._shape), before
             # In one statement: a state taken after Ctrl-C must not meet the one without the other.
-            self._current, self._anchor, self._position, self._first_position = window, anchor, position, position
+            self._current, self._anchor, self._position, self._first_position = current, anchor, position, position
         running.absorb(window, agreed)
+        if isinstance(current, Mixed):
+            current.take_over()
         self._shape = window.shape
         self._agreed, self._is_last = None, agreed.last
         if agreed.last:
@@ -348,7 +364,13 @@ class Epoch:
             self._progress.line(self.number, window.terms.number, running.metrics())
         return True
 
-    def _work_ahead(self, current: Window) -> None:
+    def _mixed(self, window: Window, agreed: Agreed, position: int) -> Window | Mixed:
+        """The window with what is rehearsed in it."""
+        assert self._recipe is not None
+        rehearsing = self._running.rehearsing
+        return window if rehearsing is None else Mixed(window, agreed, rehearsing, self._recipe, position)
+
+    def _work_ahead(self, current: Window | Mixed) -> None:
         """Do this delivery's share for the windows to come: pull, score, and meet the other ranks.
 
         What fails there is raised once this window is delivered.

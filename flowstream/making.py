@@ -65,6 +65,18 @@ class Shape:
         return Shape(self.num_rows, max(self.area, num_rows(batch) * width_of(batch)))
 
 
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The batches that a window has, before it is settled how many of them are delivered."""
+
+    costs: list[int]
+    """What each makes a model read (see `cost_of`)."""
+    labelled: list[int]
+    """Labelled tokens (or samples) of each."""
+    model: Any
+    """A batch of the loader's, or `None`."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What is settled before a window is made: it follows from the windows before it."""
@@ -118,6 +130,9 @@ class Window(Protocol):
 
     def report(self) -> Message:
         """What it brings: everything but the place."""
+
+    def contents(self) -> Contents:
+        """What there is to be delivered: known once it is finished, until it is settled."""
 
     def settle(self, agreed: Agreed) -> None:
         """Make the deliveries, as all ranks agreed upon. What is left for the next window is known only then."""

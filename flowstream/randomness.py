@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["permutation", "uniform"]
+__all__ = ["permutation", "uniform", "uniforms"]
 
 
 def uniform(seed: tuple[int, ...], *, use: str = "uniform") -> float:
@@ -19,6 +19,18 @@ def uniform(seed: tuple[int, ...], *, use: str = "uniform") -> float:
     0.6887548916702605
     """
     return (int.from_bytes(_key(use, seed)[:8], "little") >> 11) * 2.0**-53
+
+
+def uniforms(num: int, seed: tuple[int, ...], *, use: str = "uniforms") -> NDArray[np.float64]:
+    """[num] numbers in [0, 1), as in `uniform`: of a longer draw from the same seed they are the first.
+
+    >>> uniforms(2, (0, 1, 2, 3))
+    array([0.57745064, 0.93489315])
+    """
+    # From raw 64-bit words, which numpy promises never to change.
+    words = np.random.Philox(key=int.from_bytes(_key(use, seed), "little")).random_raw(num)
+    found: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return found
 
 
 def permutation(num: int, seed: tuple[int, ...], *, use: str = "permutation") -> NDArray[np.int64]:

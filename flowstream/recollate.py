@@ -78,6 +78,11 @@ def width_of(batch: Any) -> int:
     return 0 if sequence is None else sequence.shape[1]
 
 
+def cost_of(batch: Any) -> int:
+    """What a batch makes a model read: rows x padded width, of what is no sequence its rows."""
+    return num_rows(batch) * (width_of(batch) or 1)
+
+
 def lengths_of(batch: Any) -> list[int]:
     """Tokens of each row between the ends of its mask (of its labels, if those reach beyond); 0 for no sequence."""
     return [stop - start for start, stop in _token_spans(batch)]

@@ -17,12 +17,12 @@ from flowstream.batch import check_rows, num_bytes, num_rows, num_samples
 from flowstream.delivery import Delivery, denominator_of, step_counts
 from flowstream.digest import Digest
 from flowstream.distributed.message import Agreed, Message
-from flowstream.making import Kept, Recipe, Terms
+from flowstream.making import Contents, Kept, Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.randomness import uniform
 from flowstream.read_ahead import Pulled, ReadAhead
-from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take
+from flowstream.recollate import Padding, Row, lengths_of, read_padding, recollate, take, width_of
 from flowstream.samplers import Systematic, Thin, chunk_size
 from flowstream.scored import (
     Scoring,
@@ -88,6 +88,7 @@ class ResampledWindow:
         self._losses = flatten([], recipe.settings.level)
         self._padding = Padding()
         self._groups: list[list[Kept]] | None = None
+        self._costs: list[int] = []
         self._pool: list[Kept] = []
         self._names = 0
         self._agreed = Agreed()
@@ -125,6 +126,11 @@ class ResampledWindow:
             counts=step_counts([sum(kept.count for kept in group) for group in self._groups], settings),
             digest=self.digest,
         )
+
+    def contents(self) -> Contents:
+        assert self._groups is not None
+        labelled = [sum(kept.count for kept in group) for group in self._groups]
+        return Contents(self._costs, labelled, self._groups[0][0].row.batch if self._groups else None)
 
     def settle(self, agreed: Agreed) -> None:
         assert self._groups is not None
@@ -368,6 +374,7 @@ class ResampledWindow:
             lengths_in = {key: lengths_of(batch) for key, batch in sources.items()}
             lengths = [lengths_in[id(kept.row.batch)][kept.row.index] for kept in pool]
         else:
+            widths = {key: width_of(batch) or 1 for key, batch in sources.items()}
             lengths = [0] * len(pool)
         rows = self.shape.num_rows
         ready = len(pool) // rows * rows if self.capped else len(pool)  # a short batch only at the epoch's end
@@ -380,6 +387,13 @@ class ResampledWindow:
                 lengths[:ready], whole, self.shape.num_rows, self.shape.area, self._padding.multiple
             )
         self._groups = [[pool[i] for i in group] for group in groups]
+        for group in groups:
+            multiple = self._padding.multiple
+            if self._padding.trims:
+                width = -(-max(lengths[i] for i in group) // multiple) * multiple
+            else:
+                width = max(widths[id(pool[i].row.batch)] for i in group)
+            self._costs.append(len(group) * width)
         self._pool = pool
         if recipe.meetings.are_several and not recipe.meetings.has_compared:
             self._names = hash_of_samples(self._pulled, recipe.settings)

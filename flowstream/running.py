@@ -12,6 +12,7 @@ from flowstream.digest import Digest
 from flowstream.distributed.message import Agreed
 from flowstream.making import Window
 from flowstream.metrics import WeightSums
+from flowstream.rehearsal.rehearsing import Rehearsing
 from flowstream.running_temperature import RunningTemperature
 from flowstream.scoring.base import Cost
 from flowstream.settings import Settings
@@ -32,8 +33,9 @@ _NOTHING_LABELLED = (
 class Running:
     """Owns what was learned from the windows delivered so far. Windows are absorbed in their order."""
 
-    def __init__(self, settings: Settings, *, speaks: bool = True) -> None:
+    def __init__(self, settings: Settings, *, speaks: bool = True, rehearsing: Rehearsing | None = None) -> None:
         self._settings = settings
+        self.rehearsing = rehearsing
         self._speaks = speaks
         self.temperature = RunningTemperature(settings.temperature, settings.level)
         self.sums = WeightSums()
@@ -118,12 +120,15 @@ class Running:
             "flow/padding_fraction": 1 - cost.num_tokens / cost.num_padded if cost.num_padded else 0.0,
             "flow/padded_batches": float(self.num_padded),
             "flow/window_seconds": self.window_seconds,
+            **({} if self.rehearsing is None else self.rehearsing.metrics()),
         }
 
     def fingerprint(self) -> int:
         """A hash of what ranks must have alike before they go on together."""
         counts = (self.num_delivered, self.num_seen, self.num_kept, self.num_batches, self.num_padded)
-        told = (counts, self.sums, self.temperature.tau())
+        told: tuple[object, ...] = (counts, self.sums, self.temperature.tau())
+        if self.rehearsing is not None:
+            told += self.rehearsing.fingerprint()
         return int.from_bytes(hashlib.blake2b(repr(told).encode(), digest_size=8).digest(), "little")
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,6 +140,7 @@ class Running:
             "num_kept": self.num_kept,
             "num_batches": self.num_batches,
             "num_padded": self.num_padded,
+            **({} if self.rehearsing is None else {"rehearsal": self.rehearsing.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -150,3 +156,5 @@ class Running:
         self.num_kept = state["num_kept"]
         self.num_batches = state["num_batches"]
         self.num_padded = state["num_padded"]
+        if self.rehearsing is not None:
+            self.rehearsing.load_state_dict(state.get("rehearsal"), strict=strict)

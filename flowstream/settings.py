@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from flowstream.distributed.message import MAX_STEPS, Message, OnUneven
 from flowstream.policies import Flow, Policy, describe, needs_scores
 from flowstream.recollate import Recollate
+from flowstream.rehearsal.spec import Rehearsal
 from flowstream.samplers import Systematic, Thin
 from flowstream.scoring.base import Level
 from flowstream.temperature import RunningMedian, Temperature, WindowMedian
@@ -39,6 +40,7 @@ class Settings:
     seed: int = 0
     on_uneven: Uneven = "auto"
     max_bad_fraction: float = 0.05
+    rehearsal: Rehearsal | None = None
 
     def __post_init__(self) -> None:
         _choose("mode", self.mode, get_args(Mode), Thin | Systematic, "Thin() or Systematic()")
@@ -69,6 +71,8 @@ class Settings:
                     f"window is {self.window} batches, which is no multiple of accumulate={self.accumulate}: an "
                     f"optimizer step would meet two windows. Give window={_round_up(self.window, self.accumulate)}"
                 )
+        if self.rehearsal is not None and not isinstance(self.rehearsal, Rehearsal):
+            raise ValueError(f"rehearsal is {self.rehearsal!r:.80}: give Rehearsal(prior, scorer, …), or None")
         if self.sampler is not None:
             self._check_resampling()
 
@@ -121,6 +125,7 @@ class Settings:
             "accumulate": repr(self.accumulate),
             "recollate": self.recollate if isinstance(self.recollate, str) else describe(self.recollate),
             "seed": repr(self.seed),
+            **({} if self.rehearsal is None else {"rehearsal": str(self.rehearsal)}),
         }
 
 

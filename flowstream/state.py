@@ -104,8 +104,8 @@ def check(
         )
     if not strict:
         return
-    for name, ours in settings.items():
-        theirs = state["settings"].get(name)
+    for name in {**settings, **state["settings"]}:
+        ours, theirs = settings.get(name), state["settings"].get(name)
         if theirs != ours:
             raise ValueError(
                 f"the state was taken with {name}={theirs}, this stream has {name}={ours}: build the stream as it was, "

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -24,6 +25,8 @@ from flowstream.policies import Flow, Policy
 from flowstream.progress import Progress
 from flowstream.read_ahead import ReadAhead
 from flowstream.recollate import Recollate
+from flowstream.rehearsal.rehearsing import Rehearsing
+from flowstream.rehearsal.spec import Rehearsal
 from flowstream.running import Running
 from flowstream.scoring.base import Level, Scorer
 from flowstream.scoring.caches import open_cache
@@ -87,6 +90,8 @@ class FlowStream(IterableDataset[Any]):
         timeout: seconds that a rank waits for the others at a window's boundary before it is an error. At the first
             `next()` it is 45 s, if that is less.
         max_bad_fraction: of a window's losses, how many may be NaN or infinite before it is an error.
+        rehearsal: prior samples that are mixed in, `Rehearsal(prior, scorer, …)`. Batches gain `flow_rehearsed`, and
+            the loop calls `feedback`.
         progress: show one line in the terminal, and a bar while the first window is scored.
 
     Raises:
@@ -118,6 +123,7 @@ class FlowStream(IterableDataset[Any]):
         process_group: ProcessGroup | DeviceMesh | None = None,
         timeout: float = 1800.0,
         max_bad_fraction: float = 0.05,
+        rehearsal: Rehearsal | None = None,
         progress: bool = False,
     ) -> None:
         self._settings = Settings(
@@ -136,6 +142,7 @@ class FlowStream(IterableDataset[Any]):
             seed=seed,
             on_uneven=on_uneven,
             max_bad_fraction=max_bad_fraction,
+            rehearsal=rehearsal,
         )
         check_loader(loader)
         if isinstance(loader, FlowStream):
@@ -159,7 +166,7 @@ class FlowStream(IterableDataset[Any]):
         self._has_told = False
         self._reference: str | None = None
         self._meetings = Meetings(world_of(process_group), self._settings, timeout=timeout)
-        self._running = Running(self._settings, speaks=self._meetings.world.speaks)
+        self._running = self._new_running()
         self._length = agreed_length(loader, self._settings, self._meetings) if self._meetings.are_several else None
         self._elastic = reshardable(loader) if self._settings.sampler is None else None
 
@@ -179,12 +186,14 @@ class FlowStream(IterableDataset[Any]):
         return FlowIterator(self)
 
     def __len__(self) -> int:
-        """Batches an epoch, in weight mode over a sized loader; `TypeError` elsewhere.
+        """Batches an epoch, in weight mode over a sized loader without rehearsal; `TypeError` elsewhere.
 
         On several ranks what all have: agreed upon when the stream was built.
         """
         if self._settings.sampler is not None:
             raise TypeError("resampling decides while streaming how many batches an epoch has: count steps (max_steps)")
+        if self._settings.rehearsal is not None:
+            raise TypeError("how many batches are rehearsed is decided while streaming: count steps (max_steps)")
         if not self._meetings.are_several:
             return length_of(self._loader)
         if self._length is None:
@@ -261,6 +270,8 @@ class FlowStream(IterableDataset[Any]):
         if self._closed:
             raise RuntimeError("the stream is closed: build a new one")
         self._meetings.shake_hands(self._configuration)
+        if self._running.rehearsing is not None:
+            self._running.rehearsing.prepare(self._meetings)
         active, position = self._active, None
         if active is not None and self._is_one_pass and not active.finished:
             return active  # a loader that is an iterator has no other epoch
@@ -318,19 +329,56 @@ class FlowStream(IterableDataset[Any]):
         for listener in epoch_listeners(self._loader):
             listener(self._epoch)
 
+    def _new_running(self) -> Running:
+        settings, world = self._settings, self._meetings.world
+        spec = settings.rehearsal
+        rehearsing = None if spec is None else Rehearsing(spec, world, accumulate=settings.accumulate)
+        return Running(settings, speaks=world.speaks, rehearsing=rehearsing)
+
+    # -- rehearsal ---------------------------------------------------------------------------------
+
+    def feedback(
+        self, batch: Any, correct: Any = None, *, logits: Tensor | None = None, labels: Tensor | None = None
+    ) -> None:
+        """Tell whether the tuned model was right on the rehearsed samples of a batch, once after its forward pass.
+
+        For a batch of the loader's own nothing is done, so that it may be called at each step. What was told before
+        the next window's meeting moves the rates that the window is drawn by.
+
+        Args:
+            batch: the batch; or its `flow_rehearsed`, where that was popped.
+            correct: [B] bool, an entry a row (packed rows: a document); or, in its place,
+            logits: those of the batch, judged by the rehearsal's criterion, with
+            labels: as in the batch, which they are read from if it still has them.
+
+        Raises:
+            ValueError: shapes that do not go together; samples that the stream did not deliver, or feedback given
+                twice; a stream without rehearsal.
+        """
+        if self._running.rehearsing is None:
+            raise ValueError("this stream rehearses nothing: build it with rehearsal=Rehearsal(prior, scorer, …)")
+        self._running.rehearsing.feedback(batch, correct, logits=logits, labels=labels)
+
+    @property
+    def rehearsal(self) -> Rehearsing | None:
+        """What was learned of damage: `rates()`, `counts()`, `names` and `sizes`, an entry a bin; or `None`."""
+        return self._running.rehearsing
+
     # -- metrics and state -------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """What the stream has done so far, flat, for any logger. Sums run over all windows that went into delivery.
 
         `flow/tau`: τ of the window in delivery, nats; `flow/tau_error`: its standard error; `flow/mean_weight`,
-        `flow/ess` (effective sample size over n, Kish); `flow/samples_seen`: scored; `flow/samples_emitted`: delivered;
-        `flow/acceptance`: drawn over seen; `flow/nonfinite`, `flow/empty`: left out, for a loss that is not finite, or
-        no label; `flow/cache_hit_rate`; `flow/score_seconds`: spent in scoring; `flow/wait_seconds`: `next()` waited
-        for the loader and at windows' boundaries; `flow/padding_fraction`: of the tokens that the reference read;
-        `flow/padded_batches`: delivered with weight 0 to keep ranks in step; `flow/window_seconds`: between the last
-        two boundaries. τ, weights, and counts of samples and of padded batches are over all ranks;
-        `flow/samples_emitted`, the cache, times and tokens this rank's.
+        `flow/ess` (effective sample size over n, Kish); `flow/samples_seen`: scored; `flow/samples_emitted`: delivered
+        of the loader's; `flow/acceptance`: drawn over seen; `flow/nonfinite`, `flow/empty`: left out, for a loss that
+        is not finite, or no label; `flow/cache_hit_rate`; `flow/score_seconds`: spent in scoring; `flow/wait_seconds`:
+        `next()` waited for the loader and at windows' boundaries; `flow/padding_fraction`: of the tokens that the
+        reference read; `flow/padded_batches`: delivered with weight 0 to keep ranks in step; `flow/window_seconds`:
+        between the last two boundaries. τ, weights, and counts of samples and of padded batches are over all ranks;
+        `flow/samples_emitted`, the cache, times and tokens this rank's. With rehearsal: `flow/rehearsed_fraction`, of
+        the compute of what this rank delivered (see `Rehearsal`); `flow/damage_rate`: the estimated share of the prior
+        data that is damaged.
         """
         return self._running.metrics()
 
@@ -367,7 +415,8 @@ class FlowStream(IterableDataset[Any]):
             offset=0 if self._elastic is None or finished else self._elastic.offset,
             elastic=self._elastic_terms(),
         )
-        return header | sealed
+        rehearsing = self._running.rehearsing
+        return header | sealed | ({} if rehearsing is None else {"rehearsal": (rehearsing.ledger_state(),)})
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Let the next `iter()` go on where `state` was taken.
@@ -386,7 +435,7 @@ class FlowStream(IterableDataset[Any]):
                 "the loader is an iterator that has been read from: a state can be resumed only from its beginning"
             )
         loaded = states.on_cpu(state)
-        running = Running(self._settings, speaks=world.speaks)
+        running = self._new_running()
         running.load_state_dict(*loaded["running"], strict=strict)
         running.num_delivered = loaded["num_delivered"]
         running.tau = running.temperature.settled_tau or math.nan
@@ -394,6 +443,11 @@ class FlowStream(IterableDataset[Any]):
         running.num_emitted = world.part_of(loaded["num_emitted"]) if is_merged else loaded["num_emitted"]
         if loaded["parts"][0]:
             running.absorb_parts(loaded["parts"][0])
+        if running.rehearsing is not None and "rehearsal" in loaded:
+            running.rehearsing.load_ledger(loaded["rehearsal"][0])
+            if is_merged:
+                running.rehearsing.take_part()
+                loaded |= {"rehearsal": (running.rehearsing.ledger_state(),)}
         if self._elastic is None and loaded["offset"]:
             raise ValueError(
                 f"the state's epoch was entered at sample {loaded['offset']} of all ranks', which takes a DataLoader "

@@ -14,10 +14,11 @@ from flowstream.batch import num_bytes, num_samples
 from flowstream.delivery import Delivery, denominator_of, in_order, step_counts
 from flowstream.digest import Digest
 from flowstream.distributed.message import Agreed, Message
-from flowstream.making import Recipe, Terms
+from flowstream.making import Contents, Recipe, Terms
 from flowstream.metrics import WeightSums
 from flowstream.numerics import own_numerics
 from flowstream.read_ahead import Pulled, ReadAhead
+from flowstream.recollate import cost_of
 from flowstream.scored import (
     Scoring,
     batch_temperatures,
@@ -117,6 +118,11 @@ class WeightedWindow:
             counts=step_counts([num_labelled(score) for score in self._scores], settings),
             digest=self.digest,
         )
+
+    def contents(self) -> Contents:
+        batches = [item.batch for item in self._pulled]
+        labelled = [num_labelled(score) for score in self._scores or ()]
+        return Contents(list(map(cost_of, batches)), labelled, batches[0] if batches else None)
 
     @own_numerics()
     def settle(self, agreed: Agreed) -> None:

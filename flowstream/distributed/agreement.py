@@ -59,6 +59,10 @@ class Agreement:
             self._place.call("configuration", configuration, patience, _compare)
             self._place.join("the first next()")
 
+    def resize(self, num_bytes: int) -> None:
+        """From the next meeting on messages are so long: on all ranks."""
+        self._num_bytes = num_bytes
+
     def note(self, place: str) -> None:
         """Leave word where this rank is, at most once a second, for the others to tell if it is missed."""
         if self._place is not None:

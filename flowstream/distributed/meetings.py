@@ -45,6 +45,7 @@ class Meetings:
         """Time spent waiting for the others."""
         self.generation = 0
         self._max_steps = MAX_STEPS if has_denominator else 0
+        self._num_tallies = 0
         self._max_values = max(world.share(MAX_MERGED), MIN_VALUES)
         self._agreement = Agreement(world, timeout=timeout, num_bytes=Message.num_bytes(self._max_steps))
         self._peers = Peers(world, timeout=timeout)
@@ -74,6 +75,11 @@ class Meetings:
         hashed = hashlib.blake2b(repr(sorted(described.items())).encode(), digest_size=8).digest()
         self._configuration = int.from_bytes(hashed, "little")
         self._has_met = True
+
+    def count_tallies(self, num: int) -> None:
+        """From now on messages hold so many tallies: on all ranks."""
+        self._num_tallies = num
+        self._agreement.resize(Message.num_bytes(self._max_steps, num))
 
     def begin(self) -> None:
         """An iterator starts, or starts anew after an interrupt."""
@@ -109,7 +115,8 @@ class Meetings:
             self._failure = error
             self._called = failed(place, error)
         if self.are_several:
-            self._agreement.start(self._called.to_bytes(self._max_steps, self._max_values), _told(self._called))
+            message_bytes = self._called.to_bytes(self._max_steps, self._max_values, self._num_tallies)
+            self._agreement.start(message_bytes, _told(self._called))
 
     @property
     def is_called(self) -> bool:
@@ -136,7 +143,7 @@ class Meetings:
         if self._failure is not None:
             error, self._failure = self._failure, None
             raise error
-        messages = [Message.from_bytes(message, self._max_steps) for message in raw]
+        messages = [Message.from_bytes(message, self._max_steps, self._num_tallies) for message in raw]
         self._check(own, messages)
         return messages
 

@@ -45,6 +45,8 @@ class Phase(IntEnum):
     """A window: all that it brings."""
     FAILURE = 4
     """This rank cannot go on."""
+    REHEARSED = 5
+    """A window's label counts, once it is known what is rehearsed in it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,16 +87,19 @@ class Message:
     sums: WeightSums = field(default_factory=WeightSums)
     counts: tuple[int, ...] = ()
     """Labelled tokens (or samples) of each optimizer step, where denominators are asked for."""
+    tallies: tuple[int, ...] = ()
+    """Where prior samples are rehearsed: of each bin samples with feedback, then damaged ones; cost of the loader's
+    batches, and of the rehearsed ones of the window before."""
     digest: Digest = field(default_factory=Digest)
     """Of the window's finite losses. A received one is what `Digest.to_bytes` says of it, the rank's own too."""
     failure: str = ""
 
     @staticmethod
-    def num_bytes(max_steps: int) -> int:
-        """Length of `to_bytes`: 8.6 KB, and 4 bytes a step; at most 16 KB."""
-        return _PLAIN.size + _MAX_FAILURE + 4 * max_steps + Digest.num_bytes()
+    def num_bytes(max_steps: int, num_tallies: int = 0) -> int:
+        """Length of `to_bytes`: 8.6 KB, and 4 bytes a step; at most 16 KB. And 8 bytes a tally."""
+        return _PLAIN.size + _MAX_FAILURE + 4 * max_steps + Digest.num_bytes() + 8 * num_tallies
 
-    def to_bytes(self, max_steps: int, max_values: int = MAX_VALUES) -> bytes:
+    def to_bytes(self, max_steps: int, max_values: int = MAX_VALUES, num_tallies: int = 0) -> bytes:
         """The message, little-endian, `max_values` in its digest. `ValueError` for more `counts` than `max_steps`."""
         if len(self.counts) > max_steps:
             raise ValueError(f"a window of {len(self.counts)} optimizer steps, but a message holds {max_steps}")
@@ -103,23 +108,26 @@ class Message:
         sums = self.sums.state_dict().values()
         plain = _PLAIN.pack(_MAGIC, *(getattr(self, name) for name in _NAMES), *sums, len(self.counts))
         failure = self.failure.encode()[:_MAX_FAILURE].ljust(_MAX_FAILURE, b"\0")
-        return plain + failure + counts.tobytes() + self.digest.to_bytes(max_values)
+        tallies: NDArray[np.int64] = np.zeros(num_tallies, dtype="<i8")
+        tallies[: len(self.tallies)] = self.tallies
+        return plain + failure + counts.tobytes() + self.digest.to_bytes(max_values) + tallies.tobytes()
 
     @classmethod
-    def from_bytes(cls, message: bytes, max_steps: int) -> Self:
+    def from_bytes(cls, message: bytes, max_steps: int, num_tallies: int = 0) -> Self:
         """The message in the bytes of `to_bytes`. `ValueError` for bytes that are none."""
-        if len(message) != cls.num_bytes(max_steps) or message[:4] != _MAGIC:
+        if len(message) != cls.num_bytes(max_steps, num_tallies) or message[:4] != _MAGIC:
             raise ValueError(f"these {len(message)} bytes are no message of flowstream's")
         _, *values, num_counts = _PLAIN.unpack_from(message)
         named = dict(zip(_NAMES, values, strict=False))
         named["phase"] = Phase(named["phase"])
-        at = _PLAIN.size + _MAX_FAILURE
+        at, end = _PLAIN.size + _MAX_FAILURE, len(message) - 8 * num_tallies
         counts = np.frombuffer(message, dtype="<u4", count=num_counts, offset=at)
         return cls(
             **named,
             sums=WeightSums(*values[len(_NAMES) :]),
             counts=tuple(counts.tolist()),
-            digest=Digest.from_bytes(message[at + 4 * max_steps :]),
+            tallies=tuple(np.frombuffer(message, dtype="<i8", offset=end).tolist()) if num_tallies else (),
+            digest=Digest.from_bytes(message[at + 4 * max_steps : end]),
             failure=message[_PLAIN.size : at].rstrip(b"\0").decode(errors="replace"),
         )
 
@@ -136,6 +144,10 @@ class Agreed:
     num_kept: int = 0
     counts: tuple[int, ...] = ()
     """Labelled tokens (or samples) of each optimizer step, over all ranks."""
+    steps: tuple[int, ...] = ()
+    """The step of each of the window's own batches, where rehearsed ones stand between them."""
+    tallies: tuple[int, ...] = ()
+    """Sums of the ranks' `Message.tallies`."""
     num_deliveries: int = 0
     """Batches that every rank delivers."""
     num_padded: int = 0
@@ -185,6 +197,7 @@ def agree(messages: Sequence[Message], *, on_uneven: OnUneven, accumulate: int =
         num_seen=sum(message.num_seen for message in messages),
         num_kept=sum(message.num_kept for message in messages),
         counts=tuple(step_counts),
+        tallies=tuple(map(sum, zip(*(message.tallies for message in messages), strict=True))),
         num_deliveries=num,
         num_padded=sum(max(num - batches_of_rank, 0) for batches_of_rank in batches),
         last=last,

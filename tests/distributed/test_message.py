@@ -78,6 +78,17 @@ def test_a_message_has_one_size_and_that_is_at_most_16_kilobytes():
     assert Message.num_bytes(0) <= Message.num_bytes(MAX_STEPS) <= 16_384
 
 
+@given(st.lists(st.integers(-(2**60), 2**60), max_size=8).map(tuple))
+def test_tallies_are_told_and_added_up(tallies):
+    message = Message(phase=Phase.WINDOW, counts=(3,), digest=digest_of([1.0, 2.0]), tallies=tallies)
+    sent = message.to_bytes(1, num_tallies=len(tallies))
+    assert len(sent) == Message.num_bytes(1, len(tallies)) == Message.num_bytes(1) + 8 * len(tallies)
+    received = Message.from_bytes(sent, 1, len(tallies))
+    assert (received.tallies, received.counts, received.digest.num_values) == (tallies, (3,), 2)
+    assert agree([received, received], on_uneven="pad").tallies == tuple(2 * tally for tally in tallies)
+    assert len(Message(phase=Phase.OPENING).to_bytes(1, num_tallies=len(tallies))) == len(sent)
+
+
 def test_what_is_no_message_or_too_long_a_window_is_refused():
     message = Message(phase=Phase.WINDOW, counts=(1, 2, 3))
     with pytest.raises(ValueError, match="window of 3 optimizer steps, but a message holds 2"):
