@@ -140,6 +140,28 @@ def test_companions_train_together(tiny):
     )
 
 
+def test_a_new_head_comes_first(tiny):
+    draws = torch.Generator().manual_seed(0)
+    loader = [(torch.randn(4, 3, 8, 8, generator=draws), torch.arange(4)) for _ in range(2)]
+    pretrained = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(192, 7))
+    names = {"fs": fs, "pretrained": pretrained, "num_classes": 4, "loader": loader}
+    code = snippet("fs.linear_probe(").replace("steps=1000", "steps=2")
+    exec(code, names | {"tuned": fs.linear_probe(pretrained, 4, loader, steps=1)}, found := {})
+    assert torch.equal(found["before"][2].weight, pretrained[2].weight)
+    assert len(next(iter(found["stream"]))) == 3
+
+
+def test_rehearsal_hears_of_the_tuned_model(tiny):
+    model, scorer = tiny("llama"), fs.CausalLMScorer(tiny("llama"))
+    ids = torch.randint(3, 97, (64, 12), generator=torch.Generator().manual_seed(0))
+    prior = [{"input_ids": row, "labels": row} for row in ids[:40]]
+    loader = [{"input_ids": part, "labels": part} for part in ids[16:].split(4)]
+    names = {"fs": fs, "model": model, "scorer": scorer, "prior": prior, "loader": loader}
+    exec(snippet("fs.Rehearsal("), names)
+    next(iter(names["stream"]))  # what was told of the first window goes into the next
+    assert names["stream"].rehearsal.counts().sum() > 0
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\bfs\.(\w+)", README.read_text()))))
 def test_names_in_the_readme_are_public(name):
     assert name in fs.__all__
