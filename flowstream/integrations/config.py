@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flowstream.policies import Flow, Policy
 from flowstream.recollate import Recollate
+from flowstream.rehearsal import Rehearsal
 from flowstream.scoring.base import Level, Scorer
 from flowstream.scoring.reference import TrainedAdapters
 from flowstream.settings import Include, Mode, Sampler, Uneven
@@ -52,6 +53,9 @@ class FlowConfig:
     timeout: float = 1800.0
     max_bad_fraction: float = 0.05
     progress: bool = False
+    rehearsal: Rehearsal | None = None
+    """Prior data to rehearse; the trainer tells what each step's logits had right. An epoch then has no length: give
+    `max_steps`."""
     check_weights: bool = True
     """Whether the first step proves that the loss changes with the weights (`fs.check_weights_used`)."""
 
@@ -83,4 +87,5 @@ class FlowConfig:
             timeout=self.timeout,
             max_bad_fraction=self.max_bad_fraction,
             progress=self.progress,
+            rehearsal=self.rehearsal,
         )

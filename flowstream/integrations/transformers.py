@@ -28,6 +28,7 @@ else:
     _Base = object
 
 _WEIGHT = "flow_weight"
+_REHEARSED = "flow_rehearsed"
 _BEFORE_STEP = ("training_step", "get_batch_samples", "get_train_dataloader")
 """What has a training batch in hand before `_prepare_inputs`."""
 _LEAVE = "Leave them as they were, or begin the data anew: ignore_data_skip=True"
@@ -71,6 +72,7 @@ class FlowTrainerMixin(_Base):
         self._flow_to_check = self._flow.is_weighted and self._flow.check_weights
         self._flow_has_stepped = False
         self._flow_step_began: tuple[int, dict[str, Any]] | None = None
+        self._flow_rehearsed: Tensor | None = None
         self.add_callback(_Watch(self))
 
     # -- the reference -----------------------------------------------------------------------------
@@ -131,10 +133,12 @@ class FlowTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The trainer's, after the first step's check of the weights. What `include` has added goes no further."""
+        rehearsed = inputs.get(_REHEARSED)
         inputs = {name: value for name, value in inputs.items() if name == _WEIGHT or not name.startswith("flow_")}
         self._flow_has_stepped = True
         if self._flow_to_check:
             self._check_weights(model, inputs, num_items_in_batch)
+        self._flow_rehearsed = rehearsed
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -146,16 +150,40 @@ class FlowTrainerMixin(_Base):
     ) -> Any:
         """The weighted loss of a training batch; the trainer's own loss of any other."""
         is_training = self.is_in_train and model.training and torch.is_grad_enabled()
+        rehearsed, self._flow_rehearsed = (self._flow_rehearsed if is_training else None), None
         if self._flow_loss is None or (_WEIGHT not in inputs and not is_training):
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            if rehearsed is None:
+                return super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
+            labels = inputs.get("labels")
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        if _WEIGHT not in inputs:
-            self._refuse_dropped(inputs, "_prepare_inputs", *_BEFORE_STEP)
-        inputs = dict(inputs)
-        weight = inputs.pop(_WEIGHT)
-        loss, outputs = self._flow_loss(super().compute_loss, model, inputs, weight, num_items_in_batch)
+        else:
+            if _WEIGHT not in inputs:
+                self._refuse_dropped(inputs, "_prepare_inputs", *_BEFORE_STEP)
+            inputs = dict(inputs)
+            weight, labels = inputs.pop(_WEIGHT), inputs.get("labels")
+            loss, outputs = self._flow_loss(super().compute_loss, model, inputs, weight, num_items_in_batch)
+        if rehearsed is not None:
+            self._feed_back(rehearsed, outputs, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def _feed_back(self, rehearsed: Tensor, outputs: Any, labels: Tensor | None) -> None:
+        """Tell the stream what the tuned model had right of what was rehearsed."""
+        assert self.flow_stream is not None
+        rehearsal = self._flow.rehearsal
+        if rehearsal is None or rehearsal.strategy == "random" or not bool((rehearsed >= 0).any()):
+            return
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0]
+        if logits is None or labels is None:
+            raise ValueError(
+                f"the outputs of {type(self).__name__}'s model have no logits, or its batches no labels, which tell "
+                "what of the rehearsed samples was right: take a trainer whose loss is formed from logits "
+                "(FlowTrainer), or Rehearsal(…, strategy='random')"
+            )
+        self.flow_stream.feedback(rehearsed, logits=logits, labels=labels)
 
     def _check_weights(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
         """`ValueError`, with who dropped them, unless the loss of the first batch changes with its weights."""
