@@ -31,9 +31,10 @@ def half_fine_tuning(model: nn.Module, *, seed: int = 0, round: int = 0) -> Half
     convolutions, of its norms, of its linear layers, rounded down.
 
     The choice is a pure function of (seed, round) and the names: the same on all ranks and machines. Only parameters
-    that train now are frozen. Call it before DistributedDataParallel is put around the model. An optimizer made before
-    or after works: AdamW neither moves nor decays what has no gradient. For `reselect` it must have been given all
-    parameters, which `Trainer` does not do for those that are frozen when it makes its own.
+    that train now are frozen: called twice it freezes half of what is left. Call it before DistributedDataParallel is
+    put around the model. An optimizer made before or after works: AdamW neither moves nor decays what has no gradient.
+    For `reselect` it must have been given all parameters, which `Trainer` does not do for those that are frozen when
+    it makes its own.
 
     Raises ValueError if fewer than two matrices train, or none could be frozen.
     """

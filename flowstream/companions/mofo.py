@@ -123,6 +123,10 @@ class MoFO(Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None and (num_blocks := self._num_blocks(parameter))
         ]
+        if any(parameter.grad.is_sparse for parameter, _ in filtered):
+            raise ValueError(
+                "a gradient is sparse (nn.Embedding(sparse=True)): MoFO picks among all entries of a tensor"
+            )
         before = [local(parameter).clone() for parameter, _ in filtered]
         self.optimizer.step()
         momenta = [self._momentum(parameter) for parameter, _ in filtered]

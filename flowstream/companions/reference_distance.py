@@ -39,9 +39,12 @@ class DistanceToReference:
         distance = fs.DistanceToReference(model, strength=0.1)
         distance.decouple(optimizer)
 
+    In bf16 parameters a decoupled pull smaller than their rounding is lost: train fp32 ones, or take the penalty.
+
     Args:
         model: what is trained: plain, under DDP or torch.compile, or already sharded by FSDP2 (`fully_shard`). Its
-            parameters that require a gradient now are those that count; of a PEFT model these are the adapters.
+            parameters that require a gradient now are those that count; of a PEFT model these are the adapters, under
+            `half_fine_tuning` those of this round (before `reselect`, make it first).
         norm: "l2" for Σ(θ-θ*)², "l1" for Σ|θ-θ*|, which leaves many entries exactly at θ*.
         strength: λ, at least 0. What it multiplies stands under `penalty` and `decouple`.
         reference: a module that holds θ* under the same names, such as the frozen model that scores; nothing is copied.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from flowstream.companions.wrapped import check_number, plain_name, unwrapped
+from flowstream.companions.wrapped import check_number, numbers, plain_name, unwrapped
 from flowstream.scoring import adapters
 
 __all__ = ["between", "interpolate", "sweep_alphas"]
@@ -65,7 +65,7 @@ def sweep_alphas(reference: nn.Module, tuned: nn.Module, alphas: Iterable[float]
 
     Raises ValueError as `interpolate` does, for every α before the first.
     """
-    alphas = tuple(alphas)
+    alphas = numbers(alphas)
     for alpha in alphas:
         check_number("alpha", alpha, least=0.0, most=1.0)
     model = interpolate(reference, tuned, 1.0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowstream.companions.wise_ft import between
-from flowstream.companions.wrapped import check_number
+from flowstream.companions.wrapped import check_number, numbers
 
 __all__ = ["interpolate_checkpoints"]
 
@@ -118,13 +118,14 @@ def _checkpoint(path: Path) -> _Checkpoint:
 def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or folder {path}: give a folder that save_pretrained wrote")
-    if (path / _INDEX).is_file():
+    is_single = (path / _SINGLE).is_file()  # which transformers takes, whatever index an older save has left
+    if is_single:
+        files: tuple[Path, ...] = (path / _SINGLE,)
+    elif (path / _INDEX).is_file():
         shards = json.loads((path / _INDEX).read_text("utf-8"))["weight_map"].values()
         files = tuple(path / shard for shard in sorted(set(shards)))
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{path / _INDEX} names {missing[0]}, which is not there ({len(missing)} such)")
-    elif (path / _SINGLE).is_file():
-        files = (path / _SINGLE,)
     elif (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds adapters only, and interpolating these is not interpolating what they do: merge them into "
@@ -139,7 +140,8 @@ def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         raise ValueError(f"{config} says that the weights are quantised: interpolate the model before it is quantised")
     others = (other for other in sorted(path.iterdir()) if other.is_file() and other.suffix in _COPIED)
     kept = (other for other in others if other.name not in _LEFT)
-    return files, tuple(other for other in kept if not other.name.endswith(".index.json") or other.name == _INDEX)
+    index = "" if is_single else _INDEX
+    return files, tuple(other for other in kept if not other.name.endswith(".index.json") or other.name == index)
 
 
 def _head(file: Path) -> tuple[bytes, dict[str, _Stored]]:
@@ -171,7 +173,7 @@ def _folders(target: Path, alphas: float | Iterable[float]) -> dict[float, Path]
         check_number("alpha", alphas, least=0.0, most=1.0)
         return {alphas: target}
     folders: dict[float, Path] = {}
-    for alpha in alphas:
+    for alpha in numbers(alphas):
         check_number("alpha", alpha, least=0.0, most=1.0)
         if alpha in folders:
             raise ValueError(f"alpha {alpha} is given twice")

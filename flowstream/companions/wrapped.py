@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ def plain_name(name: str) -> str:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def numbers(given: Iterable[Any]) -> tuple[Any, ...]:
+    """What is given; entries of arrays and tensors (`torch.linspace(0, 1, 5)`) as Python's own numbers."""
+    return tuple(each.item() if hasattr(each, "item") else each for each in given)
 
 
 def check_number(name: str, value: Any, *, least: float, most: float, above: bool = False) -> None:

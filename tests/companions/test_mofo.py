@@ -281,3 +281,13 @@ def test_what_has_no_momentum_is_refused_and_nothing_has_moved() -> None:
             MoFO(adamw(model), fraction=fraction)
     with pytest.raises(ValueError, match=r"give a torch.optim.Optimizer"):
         MoFO(model.parameters())  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_are_refused_and_nothing_has_moved() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = MoFO(torch.optim.SGD(table.parameters(), lr=0.1, momentum=0.9))
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="a gradient is sparse"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)

@@ -203,3 +203,14 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, base: Path) ->
     for target in (base, base / "config.json"):
         with pytest.raises(FileExistsError, match="is there and not empty"):
             interpolate_checkpoints(base, base, target, 0.5)
+
+
+def test_an_index_that_an_older_save_has_left_does_not_count(tmp_path: Path, base: Path) -> None:
+    end = saved(tuned_llama(), tmp_path / "tuned", max_shard_size="12KB")
+    newer = tuned_llama()
+    newer.lm_head.weight.data += 1
+    safetensors.torch.save_file(dict(newer.state_dict()), end / "model.safetensors", metadata={"format": "pt"})
+    (folder,) = interpolate_checkpoints(base, end, tmp_path / "wise", torch.tensor([1.0])).values()
+    for path in (end, folder):
+        found = LlamaForCausalLM.from_pretrained(path)
+        torch.testing.assert_close(found.lm_head.weight, newer.lm_head.weight, rtol=0, atol=0)
