@@ -91,10 +91,16 @@ class Vision:
             raise ValueError(f"--target-ess is {self.target_ess}: give a share between 0 and 1")
         if (self.tau is not None) + self.exact_tau + (self.target_ess is not None) > 1:
             raise ValueError("--tau, --exact-tau and --target-ess all choose τ: give one of them")
+        from flowstream.vision.presets import PRESETS
+
+        if self.dataset not in PRESETS and not Path(self.dataset).exists():
+            names = ", ".join(PRESETS)
+            raise ValueError(f"--dataset {self.dataset}: there is no such folder, and no data set but {names}")
         if (self.model == "digits-resnet") != (self.dataset == "digits"):
             raise ValueError(
                 f"--model {self.model} and --dataset {self.dataset} do not fit: digits are 16 x 16 in grey, for "
-                "digits-resnet, and digits-resnet knows nothing else"
+                "digits-resnet, which knows nothing else. For other images give --model timm:NAME, torchvision:NAME or "
+                "a model of Hugging Face's"
             )
         if self.dataset == "digits" and self.original is not None:
             raise ValueError("--original is for other models: digits-resnet is measured on the digits 0 to 4")

@@ -63,6 +63,9 @@ class HalfMask:
         """Names of the parameters that are frozen now."""
         self.reselect(round)
 
+    def __repr__(self) -> str:
+        return f"HalfMask({len(self.frozen)} parameters frozen, {self.fraction:.0%} of the entries train)"
+
     @property
     def fraction(self) -> float:
         """Of the entries that trained before, the share that trains now."""

@@ -77,7 +77,15 @@ def linear_probe(
             inputs, targets = reader.read(batch, number)
             if not number:
                 _check_layer(probed, name, old, inputs)
-            logits = trained(_features(probed, name, inputs))
+            features = _features(probed, name, inputs)
+            try:
+                logits = trained(features)
+            except RuntimeError as error:
+                if number:
+                    raise
+                raise ValueError(
+                    f"the head does not take what the body gives it, {list(features.shape)}: {error}"
+                ) from error
             if getattr(getattr(probed, "config", None), "problem_type", None) == "multi_label_classification":
                 loss = F.binary_cross_entropy_with_logits(logits.float(), to_device(targets, logits.device))
             else:
@@ -212,7 +220,8 @@ def _check_layer(model: nn.Module, name: str, old: nn.Module, inputs: Inputs) ->
     if len(given) != 1 or not isinstance(given[0], Tensor) or not torch.equal(given[0], logits):
         raise ValueError(
             f"the logits of {type(model).__name__} are not what its layer {name} gives: pass layer=, the name of the "
-            "module that gives them"
+            "module that gives them; where something acts on its output (a softmax, a scale), let the model return it "
+            "as it is"
         )
 
 

@@ -172,9 +172,13 @@ class FlowTrainerMixin(_Base):
 
     def _feed_back(self, rehearsed: Tensor, outputs: Any, labels: Tensor | None) -> None:
         """Tell the stream what the tuned model had right of what was rehearsed."""
-        assert self.flow_stream is not None
         rehearsal = self._flow.rehearsal
-        if rehearsal is None or rehearsal.strategy == "random" or not bool((rehearsed >= 0).any()):
+        if self.flow_stream is None or rehearsal is None:
+            raise ValueError(
+                f"{_definer(self, 'get_train_dataloader').__name__}.get_train_dataloader gives a stream of its own, "
+                "which rehearses: the trainer makes the stream itself, so give it FlowConfig(rehearsal=…)"
+            )
+        if rehearsal.strategy == "random" or not bool((rehearsed >= 0).any()):
             return
         logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0]
         if logits is None or labels is None:

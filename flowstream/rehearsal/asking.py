@@ -73,7 +73,10 @@ def _in_windows(rehearsal: Rehearsal, which: Sequence[int]) -> Iterator[tuple[in
 
 
 def _scores(rehearsal: Rehearsal, batches: list[Any]) -> list[Scores]:
-    return rehearsal.scorer.begin(batches, level="sample").finish()
+    try:
+        return rehearsal.scorer.begin(batches, level="sample").finish()
+    except ValueError as error:
+        raise ValueError(f"{error} (of the prior data: collate_fn= must make of them what the loader gives)") from error
 
 
 def _right(rehearsal: Rehearsal, which: Sequence[int], samples: list[Any], batch: Any, score: Scores) -> list[bool]:
@@ -99,11 +102,15 @@ def _asked(question: Question, sample: Any, name: str, index: int) -> Any:
         return question(sample)
     if not isinstance(question, str):
         return question[index]
-    found = fields(sample)
+    try:
+        found = fields(sample)
+    except ValueError:
+        found = {}
     if question not in found:
+        has = f"only {', '.join(map(repr, found))}" if found else f"being a {type(sample).__name__}"
         raise ValueError(
-            f"{name} is {question!r}, but a prior sample has no such field, only {', '.join(map(repr, found))}: name "
-            "one of them, or give a function of a sample"
+            f"{name} is {question!r}, but a prior sample has no such field, {has}: name a field that it has, or give a "
+            "function of a sample"
         )
     return found[question]
 

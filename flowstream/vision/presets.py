@@ -1,7 +1,7 @@
 """The paper's settings for images, as its official code has them.
 
-Source: the authors' code for Sanyal et al. (arXiv 2502.02797), folder vision/, at commit a2d175c:
-run_linearprobing.sh, run_flow_round1.sh, run_flow_round2.sh, run_standardfinetune.sh and the scripts that they start.
+Source: the authors' code for Sanyal et al. (arXiv 2502.02797), in the copy pbansal5/FLOW_finetuning at a2d175c, folder
+vision/: run_linearprobing.sh, run_flow_round1.sh, run_flow_round2.sh, run_standardfinetune.sh and what they start.
 Learning rates and τ are those of ResNet-18; for ResNet-50 the code has none, and these are taken. All else is for all
 models.
 """

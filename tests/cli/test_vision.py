@@ -66,6 +66,7 @@ def test_mistakes_are_told_in_one_line_that_says_what_to_do(capsys: Any, tmp_pat
         ({"seed": -1}, "--seed is -1: give 0 or more"),
         ({"dataset": "cifar10"}, "do not fit: digits are 16 x 16 in grey"),
         ({"model": "timm:resnet18"}, "do not fit"),
+        ({"dataset": "cifr10"}, "--dataset cifr10: there is no such folder, and no data set but digits, cifar10"),
         ({"original": tmp_path}, "--original is for other models"),
         ({"out": tmp_path / "file"}, "is there already"),
         ({"out": tmp_path / "file" / "out"}, "cannot be made (Not a directory)"),
