@@ -58,9 +58,20 @@ class CellStore:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def result(self, cell: Cell) -> RunResult | None:
-        """What was found, if it is finished."""
+        """What was found, if it is finished.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         path = self._cells / f"{cell.name}.json"
-        return RunResult.of_plain(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return RunResult.of_plain(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged, or of another version ({error}): remove it, and it is trained again"
+            ) from error
 
     def finish(self, cell: Cell, result: RunResult) -> None:
         """Its parameters were kept before."""
@@ -77,6 +88,10 @@ class CellStore:
     def parameters(self, cell: Cell, step: int) -> dict[str, Tensor]:
         """As they were kept. FileNotFoundError where they were let go."""
         return load_file(self._path(cell, step))
+
+    def has_parameters(self, cell: Cell, steps: Iterable[int]) -> bool:
+        """Whether all of these are kept."""
+        return all(self._path(cell, step).exists() for step in steps)
 
     def let_go(self, parameters: Iterable[tuple[Cell, int]]) -> None:
         """Of those that no choice can need any more."""

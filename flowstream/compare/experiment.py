@@ -139,18 +139,23 @@ class _Bench:
         """A cell, and those of the models between the reference and its points."""
         method = Method.parse(cell.method)
         self.num_cells += 1
+        wise = replace(method, companions=(*method.companions, WISE))
+        is_between = wise in self._plan.methods and cell.learning_rate in self._settings.learning_rates
+        between = replace(cell, method=wise.name)
+        interpolated = self._store.result(between) if is_between else None
         result = self._store.result(cell)
-        if result is None:
+        is_removed = is_between and interpolated is None  # or not yet finished: then the parameters are there
+        if result is None or (
+            is_removed and not self._store.has_parameters(cell, [point.step for point in result.points])
+        ):
             result = self._train(method, cell, steps)
             self._store.finish(cell, result)
         else:
             self.num_kept += 1
         self.results.append(result)
         self._kept |= {(cell, point.step) for point in result.points}
-        wise = replace(method, companions=(*method.companions, WISE))
-        if wise in self._plan.methods and cell.learning_rate in self._settings.learning_rates:
-            between = replace(cell, method=wise.name)
-            if (interpolated := self._store.result(between)) is None:
+        if is_between:
+            if interpolated is None:
                 interpolated = self._interpolate(cell, between, result)
                 self._store.finish(between, interpolated)
             self.results.append(interpolated)

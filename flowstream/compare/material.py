@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flowstream.compare.evaluation import EvaluationSplit
 from flowstream.compare.feeds import Batches
+from flowstream.compare.fingerprint import fingerprint_of
 from flowstream.compare.settings import Settings
 from flowstream.finetune.collate import Collate
 from flowstream.finetune.encoding import Encoded, Encoder
@@ -28,6 +29,8 @@ _CHECKPOINT = "checkpoint"
 """Folder of the demo's model, beside the material."""
 _BATCH = 32
 _SEED_STRIDE = 1_000
+
+_Sample = TypeVar("_Sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,7 @@ class Material:
     @property
     def fingerprint(self) -> str:
         """Of all samples."""
-        found = xxhash.xxh3_128()
-        for name, tensor in sorted(self._tensors().items()):
-            found.update(name.encode())
-            found.update(tensor.contiguous().numpy().data)
-        return found.hexdigest()
+        return fingerprint_of(self._tensors())
 
     def save(self, path: Path) -> None:
         """The file is there with all of its content, or not at all."""
@@ -141,21 +140,31 @@ def read_material(settings: Settings) -> Material:
         return read_tokens(spec, encoder, split=settings.texts.split)
 
     train = _rows(read(settings.data))
+    limit = settings.max_evaluated
+    general = _general(settings.general, encoder)[: 2 * limit]
+    if num_shared := _num_shared(general, train):
+        raise ValueError(
+            f"--general {settings.general} has {num_shared} texts that are in --data {settings.data}, too: what is "
+            "retained would be what is learnt. Leave them out of one of the two"
+        )
     held_out = {name: _rows(read(spec)) for name, spec in _given(settings)}
+    if len(held_out) == 2 and (num_shared := _num_shared(held_out["test"], held_out["validation"])):
+        raise ValueError(
+            f"--test {settings.test} has {num_shared} samples that are in --validation {settings.validation}, too: "
+            "what is chosen on them has seen the test. Leave them out of one of the two"
+        )
     train = _without(train, [row for rows in held_out.values() for row in rows])
     for name in ("validation", "test"):
         if name not in held_out:
             held_out[name], train = _split_off(train, settings, name)
-    limit = settings.max_evaluated
-    rows = _general(settings.general, encoder)[: 2 * limit]
     material = Material(
         model=settings.model,
         pad_id=int(tokenizer.pad_token_id),
-        train=TokenDataset.of(train),
+        train=TokenDataset.of(_drawn(train, settings.max_samples)),
         validation=TokenDataset.of(held_out["validation"][:limit]),
         test=TokenDataset.of(held_out["test"][:limit]),
-        general_validation=TokenDataset.of(rows[::2]),
-        general_test=TokenDataset.of(rows[1::2]),
+        general_validation=TokenDataset.of(general[::2]),
+        general_test=TokenDataset.of(general[1::2]),
     )
     config = load_config(settings.model)
     for part in _PARTS:
@@ -183,7 +192,7 @@ def demo_material(settings: Settings, folder: Path, on_step: Callable[[int, int]
     return Material(
         model=str(task.checkpoint),
         pad_id=int(encoder.tokenizer.pad_token_id),
-        train=of_problems(task.problems),
+        train=of_problems(_drawn(task.problems, settings.max_samples)),
         validation=of_problems(task.validation),
         test=of_problems(task.test),
         general_validation=of_text(task.validation_text),
@@ -198,7 +207,7 @@ def _given(settings: Settings) -> list[tuple[str, str]]:
 
 def _general(spec: str, encoder: Encoder) -> list[Encoded]:
     (found,) = read_evaluation_sets((f"general={spec}",), encoder)
-    rows = _rows(found.dataset)
+    rows = list({tuple(row.ids): row for row in _rows(found.dataset)}.values())  # each once, or both halves have it
     if len(rows) < 2:
         raise ValueError(
             f"--general {spec} has {len(rows)} row of at most {encoder.max_length} tokens, and validation and test "
@@ -223,6 +232,18 @@ def _split_off(rows: list[Encoded], settings: Settings, name: str) -> tuple[list
     order = torch.randperm(len(rows), generator=generator).tolist()
     part = [rows[index] for index in order[:num]]
     return part, _without([rows[index] for index in sorted(order[num:])], part)
+
+
+def _drawn(samples: Sequence[_Sample], num: int | None) -> Sequence[_Sample]:
+    """So many of them at most, each as likely as any other, the same every time, in their order."""
+    if num is None or num >= len(samples):
+        return samples
+    generator = torch.Generator().manual_seed(0)
+    return [samples[index] for index in sorted(torch.randperm(len(samples), generator=generator)[:num].tolist())]
+
+
+def _num_shared(rows: list[Encoded], others: list[Encoded]) -> int:
+    return len(rows) - len(_without(rows, others))
 
 
 def _without(rows: list[Encoded], others: list[Encoded]) -> list[Encoded]:

@@ -156,6 +156,11 @@ class Method:
         return self.feed in SCORING
 
     @property
+    def needs_losses(self) -> bool:
+        """Of the reference, of all samples: to weigh them, or for how many of them resampling keeps."""
+        return self.scores or self.feed == "subsample"
+
+    @property
     def costs_otherwise(self) -> bool:
         """Whether a step costs another number of FLOPs than standard's, so that equal FLOPs are other steps."""
         return self.scores or "lora" in self.companions or "hft" in self.companions

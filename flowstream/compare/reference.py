@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import flowstream as fs
 from flowstream.compare.evaluation import Measures
+from flowstream.compare.fingerprint import fingerprint_of
 from flowstream.compare.material import Material
 from flowstream.scoring.base import Level
 
@@ -31,7 +33,9 @@ class Reference:
     mean_weight: float
     """Of e^{-f/τ}: the share that resampling keeps."""
     ess: float
-    """ESS/n of these weights: 1 where they are all alike."""
+    """ESS/n of these weights: 1 where they are all alike. All three are NaN where nothing was scored."""
+    fingerprint: str = ""
+    """Of its weights; none where an earlier version wrote it."""
 
     def as_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -49,31 +53,55 @@ def load_reference(name: str) -> Any:
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
-def score(material: Material, losses: Path, *, by_token: bool) -> Reference:
-    """Fill the cache of losses, once: as a whole, so that no run ever meets half of one."""
+def score(
+    material: Material,
+    losses: Path,
+    *,
+    levels: Sequence[Level] = ("sample",),
+    on_scored: Callable[[int, int], None] = lambda done, of: None,
+) -> Reference:
+    """Look at the reference, and fill the cache of its losses, once: as a whole, so that no run ever meets half of one.
+
+    What a killed process has scored is found again. `on_scored(done, all)` is told of samples, once a level each.
+    Without `levels` nothing is scored.
+    """
     model = load_reference(material.model)
-    scorer = fs.CausalLMScorer(model)
     partial = losses.with_name(f"{losses.name}.partial")
-    for path in (partial, losses):
-        shutil.rmtree(path, ignore_errors=True)
-    of_samples = _pass(material, scorer, partial, "sample")
-    if by_token:
-        _pass(material, scorer, partial, "token")
-    partial.rename(losses)
-    tau = float(np.sort(of_samples)[(len(of_samples) - 1) // 2])
-    weight = np.exp(-of_samples / tau)
+    cache = losses if losses.exists() else partial  # scored, but killed before it was told
+    scorer = fs.CausalLMScorer(model)
+    of_samples = np.full(len(material.train) if "sample" in levels else 0, np.nan)
+    done = 0
+    for level in levels:
+        for batch in _scored(material, scorer, cache, level):
+            numbers = batch["sample"].numpy()
+            if level == "sample":
+                of_samples[numbers] = batch["flow_loss"].double().numpy()
+            done += len(numbers)
+            on_scored(done, len(levels) * len(material.train))
+    if cache.exists():
+        cache.rename(losses)
+    tau, mean_weight, ess = _weights(of_samples)
     return Reference(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         validation=material.split("validation").measure(model),
         tau=tau,
-        mean_weight=float(weight.mean()),
-        ess=float(weight.sum() ** 2 / (weight**2).sum() / len(weight)),
+        mean_weight=mean_weight,
+        ess=ess,
+        fingerprint=fingerprint_of(model.state_dict()),
     )
 
 
-def _pass(material: Material, scorer: Any, cache: Path, level: Level) -> Any:
-    """The samples' losses `[n]`, NaN for tokens, whose losses are in the cache alone."""
-    found = np.full(len(material.train), np.nan)
+def _weights(losses: Any) -> tuple[float, float, float]:
+    """τ, the mean of e^{-f/τ}, and ESS/n, of losses `[n]`; NaN where there are none."""
+    if not len(losses):
+        return math.nan, math.nan, math.nan
+    tau = float(np.sort(losses)[(len(losses) - 1) // 2])
+    weight = np.exp(-losses / tau)
+    return tau, float(weight.mean()), float(weight.sum() ** 2 / (weight**2).sum() / len(weight))
+
+
+def _scored(material: Material, scorer: Any, cache: Path, level: Level) -> Iterator[dict[str, Any]]:
+    """All samples once, with their losses, which the cache then has."""
     with fs.FlowStream(
         material.loader(batch_size=_BATCH, seed=None),
         scorer,
@@ -82,7 +110,4 @@ def _pass(material: Material, scorer: Any, cache: Path, level: Level) -> Any:
         include=("loss",),
         cache=cache,
     ) as stream:
-        for batch in stream:
-            if level == "sample":
-                found[batch["sample"].numpy()] = batch["flow_loss"].double().numpy()
-    return found
+        yield from stream

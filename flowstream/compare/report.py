@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ def write_report(found: Findings, path: Path) -> None:
 
 def _opening(found: Findings) -> Iterable[str]:
     before = found.reference.validation
+    tau, ess = found.reference.tau, found.reference.ess
+    weights = f"; τ is {tau:.3f} nats, and ESS/n of FLOW's weights {ess:.3f}" if math.isfinite(tau) else ""
     yield "<h1>What is retained, at equal target?</h1>"
     yield (
         f"<p class='lead'>{len(found.methods)} methods of fine-tuning, each at the same learning rates and steps, with "
@@ -49,7 +52,8 @@ def _opening(found: Findings) -> Iterable[str]:
         "half of a 95 % confidence interval (Student's t); positive retains more. Learning rate, step, strength and α "
         "are chosen on validation (lowest target plus retained loss) and valued on the test split, and so are the "
         "points of the curve. A seed is held against its own curve, which saw the same samples in the same order. "
-        "“Out” counts seeds whose target lies beyond the curve: nothing is extrapolated. <b>over permuted</b>: the "
+        "“Out” counts seeds whose target lies beyond the curve: nothing is extrapolated; “over budget” those of which "
+        "no step fits it; “diverged” those of which no run came to a finite loss. <b>over permuted</b>: the "
         "gain at equal steps less that of the same weights on other samples, seed by seed. <b>clipped</b>: the share "
         "of steps whose gradient was cut; <b>‖Δθ‖</b>: the distance to the start, adapters merged; <b>FLOPs</b>: a "
         f"run at equal steps over standard's. {text(COST)} “Equal FLOPs” are runs of their own, of as many steps as "
@@ -57,8 +61,7 @@ def _opening(found: Findings) -> Iterable[str]:
         "costs, they are those at equal steps. wise interpolates the runs of the method that it goes with. All "
         "methods have the same learning rates, though lora, for one, wants larger ones than the rest; standard runs "
         "at more of them, for its curve. Before fine-tuning, the target loss was "
-        f"{before.target_loss:.3f} and the retained loss {before.retained_loss:.3f} (validation); τ is "
-        f"{found.reference.tau:.3f} nats, and ESS/n of FLOW's weights {found.reference.ess:.3f}.</p>"
+        f"{before.target_loss:.3f} and the retained loss {before.retained_loss:.3f} (validation){weights}.</p>"
     )
     of_budgets = {
         budget: {method: each.figures[budget] for method, each in found.methods.items()}

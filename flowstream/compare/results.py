@@ -98,9 +98,13 @@ class Figure:
     """Seeds whose choice lies outside the curve."""
     num_over_budget: int
     """Seeds of which no point fits the budget."""
+    num_diverged: int = 0
+    """Seeds of which every run diverged."""
 
     @classmethod
-    def of(cls, of_seeds: Sequence[Choice | None]) -> "Figure":
+    def of(cls, of_seeds: Sequence[Choice | None], diverged: Sequence[bool] = ()) -> "Figure":
+        """Of each seed's choice; one that is missing is over budget, unless it `diverged`."""
+        num_diverged = sum(diverged)
         choices = [choice for choice in of_seeds if choice is not None]
         inside = [choice.gain for choice in choices if math.isfinite(choice.gain)]
         return cls(
@@ -108,7 +112,8 @@ class Figure:
             mean=statistics.fmean(inside) if inside else math.nan,
             spread=statistics.stdev(inside) if len(inside) > 1 else math.nan,
             num_outside=len(choices) - len(inside),
-            num_over_budget=len(of_seeds) - len(choices),
+            num_over_budget=len(of_seeds) - len(choices) - num_diverged,
+            num_diverged=num_diverged,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -16,10 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flowstream.compare.analysis import BASELINE
 from flowstream.compare.experiment import Plan, SeedOutcome, num_cells, run_seed
+from flowstream.compare.fingerprint import fingerprint_of
 from flowstream.compare.material import Material, demo_material, read_material
 from flowstream.compare.methods import parse_methods
 from flowstream.compare.pool import num_cores, run_side_by_side
-from flowstream.compare.reference import Reference, score
+from flowstream.compare.reference import Reference, load_reference, score
 from flowstream.compare.report import Findings, write_report
 from flowstream.compare.results import as_json, write_whole
 from flowstream.compare.settings import Settings
@@ -27,6 +29,7 @@ from flowstream.compare.summary import COST, figures_of, markdown, rows_of, verd
 from flowstream.compare.versions import versions
 from flowstream.finetune.paths import make_folder
 from flowstream.finetune.quiet import quiet
+from flowstream.scoring.base import Level
 
 _SETTINGS = "settings.json"
 
@@ -44,10 +47,13 @@ def compare(settings: Settings) -> Findings:
     with _calm(), Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         plan = _prepared(settings, progress)
         seeds = range(settings.seeds)
-        bar = progress.add_task("fine-tuning", total=num_cells(plan, seeds))
+        total = num_cells(plan, seeds)
+        bar, numbers = progress.add_task("fine-tuning", total=total), itertools.count(1)
 
         def finished(what: str) -> None:
             progress.update(bar, advance=1, description=what)
+            if not console.is_terminal:  # where there is no bar, a line
+                console.print(f"run {next(numbers)} of at most {total}: {what}", highlight=False)
 
         most = 1 if torch.cuda.is_available() else num_cores()
         outcomes = run_side_by_side(run_seed, plan, seeds, finished, max_processes=settings.processes or most)
@@ -86,11 +92,33 @@ def _prepared(settings: Settings, progress: Progress) -> Plan:
     material = _own_material(settings, path) if settings.model is not None else _demo_material(settings, path, progress)
     if not path.exists():
         material.save(path)
-    if not known.exists():
-        by_token = any(method.feed == "flow-token" for method in parse_methods(settings.methods))
-        write_whole(known, json.dumps(score(material, losses, by_token=by_token).as_plain(), indent=1))
-    reference = Reference.of_plain(json.loads(known.read_text(encoding="utf-8")))
+    if known.exists():
+        reference = Reference.of_plain(json.loads(known.read_text(encoding="utf-8")))
+        _check_weights(settings, material, reference)
+    else:
+        reference = _scored(settings, material, losses, progress)
+        write_whole(known, json.dumps(reference.as_plain(), indent=1))
     return Plan(settings=settings, material=path, losses=losses, reference=reference)
+
+
+def _scored(settings: Settings, material: Material, losses: Path, progress: Progress) -> Reference:
+    """The reference, with its losses at the levels that methods ask for."""
+    methods = parse_methods(settings.methods)
+    levels: list[Level] = ["sample"] if any(method.needs_losses for method in methods) else []
+    if any(method.feed == "flow-token" for method in methods):
+        levels.append("token")
+    bar = progress.add_task("scoring", visible=bool(levels))
+    return score(
+        material, losses, levels=levels, on_scored=lambda done, of: progress.update(bar, completed=done, total=of)
+    )
+
+
+def _check_weights(settings: Settings, material: Material, reference: Reference) -> None:
+    now = fingerprint_of(load_reference(material.model).state_dict())
+    if reference.fingerprint not in ("", now):
+        raise ValueError(
+            f"{settings.out} is of another comparison: the weights of --model have changed. Give another --out"
+        )
 
 
 def _own_material(settings: Settings, path: Path) -> Material:

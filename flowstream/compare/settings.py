@@ -85,6 +85,9 @@ class Settings:
     """Of dro, in nats: lower is nearer to the worst sample."""
 
     # What it costs
+    max_samples: _MaybeCount = None
+    """Samples to learn, at most, drawn from --data; by default all of it, and all of it is scored before the first run
+    that weighs samples."""
     max_evaluated: int = 256
     """Samples, and rows of general text, in each of validation and test, at most."""
     processes: _MaybeCount = None
@@ -129,7 +132,7 @@ class Settings:
 
     def check(self) -> None:
         """`ValueError` for what cannot be."""
-        for name in ("steps", "seeds", "batch_size", "window", "rank", "max_evaluated", "processes"):
+        for name in ("steps", "seeds", "batch_size", "window", "rank", "max_samples", "max_evaluated", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)} is {value}: give 1 or more")

@@ -17,6 +17,7 @@ COST = (
 )
 
 _WORDS = {"equal_steps": "equal steps", "equal_flops": "equal FLOPs"}
+_WHY = ("outside of the curve", "over budget", "diverged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,13 @@ class MethodFigures:
     def is_compared(self, budget: str) -> bool:
         """Whether every seed's choice lies inside of the curve."""
         figure = self.figures[budget]
-        return bool(figure.choices) and not figure.num_outside and not figure.num_over_budget
+        return bool(figure.choices) and not self.left_out(budget)
+
+    def left_out(self, budget: str) -> tuple[str, ...]:
+        """What keeps some seeds' choices from being compared."""
+        figure = self.figures[budget]
+        counts = (figure.num_outside, figure.num_over_budget, figure.num_diverged)
+        return tuple(why for why, num in zip(_WHY, counts, strict=True) if num)
 
 
 def figures_of(
@@ -45,7 +52,9 @@ def figures_of(
     methods = list(judged[0].choices["equal_steps"])
 
     def of(method: str) -> MethodFigures:
-        figures = {budget: Figure.of([seed.choices[budget][method] for seed in judged]) for budget in budgets}
+        # Where all runs at equal steps diverged, there is none at equal FLOPs.
+        diverged = [seed.choices["equal_steps"][method] is None for seed in judged]
+        figures = {budget: Figure.of([seed.choices[budget][method] for seed in judged], diverged) for budget in budgets}
         has_control = CONTROL in methods and method not in (BASELINE, CONTROL)
         return MethodFigures(
             figures=figures,
@@ -112,7 +121,9 @@ def verdict(found: dict[str, MethodFigures], num_seeds: int) -> str:
             f"below it: {below or 'none'}."
         )
         if left_out := [m for m in others if m not in compared]:
-            sentences.append(f"Not said of those with a seed outside of the curve: {', '.join(left_out)}.")
+            found_why = {why for m in left_out for why in others[m].left_out(budget)}
+            whys = " or ".join(why for why in _WHY if why in found_why)
+            sentences.append(f"Not said of those with a seed {whys}: {', '.join(left_out)}.")
     informed = [
         f"{m} ({_interval(f.over_permuted)})"
         for m, f in others.items()
@@ -126,12 +137,13 @@ def verdict(found: dict[str, MethodFigures], num_seeds: int) -> str:
 
 
 def _gain(figure: Figure, gain: Interval) -> str:
-    if not figure.choices:
-        return "over budget"
-    words = _interval(gain)
-    out = figure.num_outside
-    missing = f" ({out} out)" if out and gain.num else ""
-    return words + missing + (f" ({figure.num_over_budget} over budget)" if figure.num_over_budget else "")
+    over, diverged = figure.num_over_budget, figure.num_diverged
+    if not figure.choices and not (over and diverged):
+        return "over budget" if over else "diverged"
+    words = [_interval(gain)] if figure.choices else []
+    words += [f"({figure.num_outside} out)"] * bool(figure.num_outside and gain.num)
+    words += [f"({over} over budget)"] * bool(over) + [f"({diverged} diverged)"] * bool(diverged)
+    return " ".join(words)
 
 
 def _interval(interval: Interval) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from finetuning import Lives, problems, run, save_model
 from pages import read_alone
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 from tiny_tokenizers import write_lines
@@ -184,6 +185,9 @@ def test_the_test_split_decides_nothing(place: Place, finished: Path, results: R
     assert choices(one) == choices(other)
     assert [each["points"] for each in one["runs"]] == [each["points"] for each in other["runs"]]
     assert one["curves"][0]["target_loss"] != other["curves"][0]["target_loss"]
+    assert not list(tmp_path.glob("*/losses*"))  # no method asks for them: nothing is scored
+    assert one["reference"]["tau"] is None
+    assert "ESS/n" not in (tmp_path / "out-1" / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +253,24 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(
     assert_goes_on(tmp_path, whole, times, end.stdout)
 
 
+def test_a_damaged_cell_is_named_and_trained_again_once_it_is_removed(
+    place: Place, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("equal_steps,flow,0.004", "equal_steps,wise,0.004"):
+        path = out / "seed-0" / "cells" / f"{name}.json"
+        path.write_text(path.read_text()[:100])
+        assert run("compare", **place.options(out=out, **ASKED)) == 1
+        (err,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run ")]
+        assert f"{path} is damaged" in err
+        assert "remove it, and it is trained again" in err
+        path.unlink()
+        assert run("compare", **place.options(out=out, **ASKED)) == 0
+        assert cells(out) == cells(whole)
+    assert (out / "table.md").read_text() == (whole / "table.md").read_text()
+
+
 def test_seeds_may_be_added_and_nothing_else_may_change(
     place: Place, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -262,11 +284,22 @@ def test_seeds_may_be_added_and_nothing_else_may_change(
         ({"lrs": "1e-3"}, "--lrs was 0.004, and now it is 0.001"),
         ({"methods": "standard,flow"}, "--methods was standard,l2"),
         ({"max_length": 64}, "--max-length was 32, and now it is 64"),
+        ({"max_samples": 20}, "--max-samples was not given, and now it is 20"),
     ):
         assert run("compare", **same | changed) == 1
         err = capsys.readouterr().err
         assert told in err
         assert err.count("\n") == 1
+    weights = Path(place.model) / "model.safetensors"
+    before = load_file(weights)
+    shutil.copy(weights, tmp_path / "kept.safetensors")
+    try:
+        before["model.norm.weight"][0] += 1e-3
+        save_file(before, weights, {"format": "pt"})
+        assert run("compare", **same) == 1
+        assert "the weights of --model have changed. Give another --out" in capsys.readouterr().err
+    finally:
+        shutil.copy(tmp_path / "kept.safetensors", weights)
     other = write_lines(tmp_path / "train.jsonl", problems(60, seed=3))
     shutil.copy(place.data, tmp_path / "kept.jsonl")
     try:
@@ -295,6 +328,9 @@ def test_seeds_may_be_added_and_nothing_else_may_change(
         ({"model": "./nowhere"}, "there is no folder ./nowhere"),
         ({"data": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
         ({"general": "nowhere.txt"}, "nowhere.txt"),
+        ({"max_samples": 0}, "--max-samples is 0: give 1 or more"),
+        ({"max_samples": 3}, "there are 3 samples to learn, and a batch has 4"),
+        ({"validation": "TEST", "test": "TEST"}, "12 samples that are in --validation"),
         ({"batch_size": 50}, "samples to learn, and a batch has 50"),
         ({"max_length": 64, "general": "SHORT"}, "validation and test need one each"),
         ({"data": "FEW"}, "too few to split a validation set off: give --validation"),
@@ -306,7 +342,7 @@ def test_mistakes_are_told_in_one_line_that_says_what_to_do(
     short = tmp_path / "short.txt"
     short.write_text("how are you")
     few = write_lines(tmp_path / "few.jsonl", problems(5))
-    named = {"SHORT": str(short), "FEW": few}
+    named = {"SHORT": str(short), "FEW": few, "TEST": place.test}
     asked = {name: named.get(value, value) for name, value in options.items()}
     assert run("compare", **place.options(out=tmp_path / "out", seeds=1) | asked) == 1
     err = capsys.readouterr().err
@@ -324,6 +360,22 @@ def test_options_that_belong_together_are_asked_for(tmp_path: Path, capsys: pyte
     (tmp_path / "letter.txt").touch()
     assert run("compare", out=tmp_path) == 1
     assert "holds other files, and no comparison" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_the_other_methods_run_from_end_to_end(place: Place, tmp_path: Path) -> None:
+    methods = "l1,dro,mofo,flow-token,resample,flow+l2,flow+lora"
+    assert run("compare", **place.options(out=tmp_path, methods=methods, seeds=1, steps=4, lrs="2e-3")) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["methods"]) == ["standard", *methods.split(",")]
+    distances = set()
+    for method, found in results["methods"].items():
+        (chosen,) = found["figures"]["equal_steps"]["choices"]
+        distances.add(chosen["distance"])
+        scores = method in ("flow-token", "resample", "flow+l2", "flow+lora")
+        assert all((each["points"][-1]["score_tokens"] > 0) is scores for each in runs_of(results, method))
+        assert runs_of(results, method)[0]["strength"] == (300 if method[-2:] in ("l1", "l2") else None)
+    assert len(distances) == len(results["methods"])
 
 
 @pytest.mark.soak

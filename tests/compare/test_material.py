@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,15 @@ def test_splits_are_disjoint_and_no_sample_is_lost_that_is_in_none(settings: Set
 
 
 def given(settings: Settings) -> dict[str, Any]:
-    """Held-out texts that have nothing in common with the data."""
+    """Held-out texts that have nothing in common with the data, nor with each other."""
     assert settings.data is not None
-    other = [{"prompt": "thanks " * 3, "response": f"well {k}"} for k in range(8)]
-    path = write_lines(Path(settings.data).with_name("other.jsonl"), other)
-    return {"validation": path, "test": path}
+    return {
+        name: write_lines(
+            Path(settings.data).with_name(f"other-{name}.jsonl"),
+            [{"prompt": "thanks " * 3, "response": f"{name} {k}"} for k in range(8)],
+        )
+        for name in ("validation", "test")
+    }
 
 
 def test_what_is_in_a_given_test_set_is_not_learnt(settings: Settings) -> None:
@@ -65,6 +70,43 @@ def test_what_is_in_a_given_test_set_is_not_learnt(settings: Settings) -> None:
     assert not set(rows(material.train)) & set(
         rows(read_material(replace(settings, data=test, **given(settings))).train)
     )
+
+
+def test_a_choice_that_has_seen_the_test_is_refused(settings: Settings) -> None:
+    assert settings.data is not None
+    held_out = given(settings)
+    seen = [json.loads(line) for line in Path(held_out["test"]).read_text().splitlines()][:3]
+    both = write_lines(Path(settings.data).with_name("both.jsonl"), [*problems(5, seed=9), *seen])
+    told = rf"--test {held_out['test']} has 3 samples that are in --validation {both}, too: .* Leave them out of one"
+    with pytest.raises(ValueError, match=told):
+        read_material(replace(settings, test=held_out["test"], validation=both))
+    general = write_lines(Path(settings.data).with_name("general.jsonl"), [*seen, *problems(80)[:2]])
+    with pytest.raises(
+        ValueError, match=rf"--general {general} has 2 texts that are in --data .* Leave them out of one"
+    ):
+        read_material(replace(settings, general=general))
+
+
+def test_a_text_that_is_there_twice_is_not_in_both_halves(settings: Settings) -> None:
+    assert settings.data is not None
+    texts = [{"prompt": "how are you", "response": f"thanks {k}"} for k in range(4)]
+    general = write_lines(Path(settings.data).with_name("repeated.jsonl"), [row for row in texts for _ in range(2)])
+    material = read_material(replace(settings, general=general))
+    validation, test = rows(material.general_validation), rows(material.general_test)
+    assert len(validation) == len(test) == 2
+    assert not set(validation) & set(test)
+
+
+def test_fewer_samples_are_drawn_from_all_the_same_every_time(settings: Settings) -> None:
+    whole, drawn, again = (read_material(replace(settings, max_samples=num)) for num in (None, 20, 20))
+    assert drawn.fingerprint == again.fingerprint
+    some, every = rows(drawn.train), rows(whole.train)
+    assert len(some) == 20
+    places = [every.index(row) for row in some]
+    assert places == sorted(places)
+    assert max(places) > 40
+    assert rows(drawn.test) == rows(whole.test)
+    assert read_material(replace(settings, max_samples=1000)).fingerprint == whole.fingerprint
 
 
 def test_every_loader_of_a_seed_has_one_order_and_each_pass_another(settings: Settings) -> None:

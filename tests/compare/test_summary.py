@@ -29,12 +29,15 @@ def choice(seed: int, gain: float) -> Choice:
     return Choice(seed=seed, learning_rate=1e-3, step=8, gain=gain, distance=2.0, clip_rate=0.5, **losses)
 
 
-def judged_of(gains: Mapping[str, Sequence[float]], flops: Mapping[str, Choice | None] | None = None) -> list[Judged]:
+def judged_of(
+    gains: Mapping[str, Sequence[float | None]], flops: Mapping[str, Choice | None] | None = None
+) -> list[Judged]:
     curve = {"learning_rate": (1e-3,), "step": (8,), "target_loss": (1.0,), "retained_loss": (3.0,)}
     seeds = range(len(gains["standard"]))
     found = []
     for seed in seeds:
-        at_steps: dict[str, Choice | None] = {method: choice(seed, each[seed]) for method, each in gains.items()}
+        of_seed = {method: each[seed] for method, each in gains.items()}
+        at_steps = {m: None if gain is None else choice(seed, gain) for m, gain in of_seed.items()}
         found.append(
             Judged(
                 curve=Curve(seed=seed, **curve),
@@ -45,7 +48,7 @@ def judged_of(gains: Mapping[str, Sequence[float]], flops: Mapping[str, Choice |
     return found
 
 
-def figures(gains: Mapping[str, Sequence[float]] = GAINS, **flops: Choice | None) -> dict[str, MethodFigures]:
+def figures(gains: Mapping[str, Sequence[float | None]] = GAINS, **flops: Choice | None) -> dict[str, MethodFigures]:
     return figures_of(judged_of(gains, flops), dict.fromkeys(gains, 1.0), BUDGETS)
 
 
@@ -99,6 +102,24 @@ def test_a_row_shows_what_is_outside_and_what_is_over_budget() -> None:
     assert table["flow"]["equal FLOPs"] == "over budget"
     assert table["permuted"]["over permuted"] == ""
     assert (table["l2"]["clipped"], table["l2"]["‖Δθ‖"], table["l2"]["target"]) == ("50%", "2.00", "1.150")
+
+
+def test_what_diverged_is_told_apart_from_what_is_over_budget_and_neither_is_compared() -> None:
+    gains = {"standard": [0.0] * 3, "l2": [None] * 3, "mofo": [0.1, None, 0.12], "flow": [0.2, 0.21, None]}
+    found = figures(gains, l2=None, flow=None, mofo=None)
+    head, rows = rows_of(found)
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    told = {method: (row["equal steps"], row["equal FLOPs"]) for method, row in table.items() if method != "standard"}
+    assert told == {
+        "l2": ("diverged", "diverged"),
+        "mofo": ("+0.1100±0.1271 (1 diverged)", "(2 over budget) (1 diverged)"),
+        "flow": ("+0.2050±0.0635 (1 diverged)", "(2 over budget) (1 diverged)"),
+    }
+    assert not any(each.is_compared(budget) for m, each in found.items() for budget in BUDGETS if m != "standard")
+    said = verdict(found, 3)
+    assert "Not said of those with a seed diverged: l2, mofo, flow." in said
+    assert "Not said of those with a seed over budget or diverged: l2, mofo, flow." in said
+    assert "Of 0 such intervals" in said
 
 
 def test_a_table_reads_as_markdown_and_as_text() -> None:
