@@ -343,11 +343,12 @@ class FlowStream(IterableDataset[Any]):
         """Tell whether the tuned model was right on the rehearsed samples of a batch, once after its forward pass.
 
         For a batch of the loader's own nothing is done, so that it may be called at each step. What was told before
-        the next window's meeting moves the rates that the window is drawn by.
+        the next window's meeting moves the rates that the window is drawn by. It may come late: about 8 windows are
+        remembered, and feedback on older ones is refused.
 
         Args:
             batch: the batch; or its `flow_rehearsed`, where that was popped.
-            correct: [B] bool, an entry a row (packed rows: a document); or, in its place,
+            correct: [B] bool (or 0 and 1), an entry a row (packed rows: a document); or, in its place,
             logits: those of the batch, judged by the rehearsal's criterion, with
             labels: as in the batch, which they are read from if it still has them.
 

@@ -23,7 +23,7 @@ class Judge:
     """Whether the label at t is predicted at t - 1, as a causal language model does."""
 
     def right(self, logits: Tensor, labels: Tensor, owner: Tensor | None = None, num: int | None = None) -> Tensor:
-        """[S] bool, on the CPU: which samples are right. Without a label, none is.
+        """[S] bool, on the CPU: which samples are right. Without a label, none is; of logits that are NaN, none.
 
         Args:
             logits: [B, T, V], or of a classifier [B, C].
@@ -70,7 +70,8 @@ class Judge:
         else:
             is_inside = torch.ones_like(owner, dtype=torch.bool)
         counted = (labels != IGNORED) & (owner >= 0) & is_inside
-        hit = counted & (logits.argmax(-1) == labels)
+        likeliest = logits.max(-1)
+        hit = counted & (likeliest.indices == labels) & ~likeliest.values.isnan()
         both = torch.stack([hit.flatten(), counted.flatten()]).cpu()
         at = owner.flatten().clamp(min=0).cpu()
         assert num is not None
@@ -85,4 +86,5 @@ def _classes(logits: Tensor, labels: Tensor) -> Tensor:
             "classes [B] or distributions [B, C]; for a language model choose criterion='token_accuracy'"
         )
     wanted = labels if labels.ndim == 1 else labels.argmax(-1)
-    return (logits.argmax(-1).cpu() == wanted.cpu()).detach()
+    likeliest = logits.detach().max(-1)
+    return (likeliest.indices.cpu() == wanted.cpu()) & ~likeliest.values.isnan().cpu()

@@ -23,7 +23,7 @@ class Draws:
     def __init__(self, bins: Bins, *, seed: int, rank: int, world_size: int) -> None:
         self._bins = bins
         self._seed = seed
-        self._rank, self._world_size = rank, world_size
+        self._rank, self.world_size = rank, world_size
         self._orders: dict[int, tuple[int, Ints]] = {}
 
     def bins(self, num: int, rates: NDArray[np.float64], place: Sequence[int]) -> Ints:
@@ -36,7 +36,7 @@ class Draws:
     def sample(self, k: int, turn: int) -> int:
         """The sample of this rank's `turn`-th draw from bin k, counted from 0."""
         members = self._bins.members[k]
-        number, at = divmod(turn * self._world_size + self._rank, len(members))
+        number, at = divmod(turn * self.world_size + self._rank, len(members))
         if self._orders.get(k, (-1,))[0] != number:
             self._orders[k] = number, permutation(len(members), (self._seed, k, number), use="rehearsed samples")
         return int(members[self._orders[k][1][at]])

@@ -34,6 +34,5 @@ def samples_in(marked: Tensor) -> list[int]:
     return (flat if marked.ndim == 1 else flat.unique_consecutive()).tolist()
 
 
-def labels_of(batch: Any) -> Tensor | None:
-    found = fields(batch).get("labels") if not isinstance(batch, Tensor) else None
-    return found if isinstance(found, Tensor) else None
+def labels_of(batch: Any) -> Any:
+    return None if isinstance(batch, Tensor) else fields(batch).get("labels")

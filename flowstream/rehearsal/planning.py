@@ -74,7 +74,7 @@ def plan(
         number = num_rehearsed(
             ratio=ratio,
             new_cost=now.new_cost,
-            num_new=now.num_new,
+            expected=prior.expected_cost(now.new_cost / max(now.num_new * draws.world_size, 1)) * draws.world_size,
             rehearsed_cost=now.rehearsed_cost,
             num_rehearsed=now.num_rehearsed,
             multiple=accumulate,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,13 @@ from flowstream.rehearsal.kept import Columns, path_of, read, write
 from flowstream.rehearsal.spec import Rehearsal
 
 _logger = logging.getLogger("flowstream")
+
+
+_T = TypeVar("_T")
+
+
+class _Failure(str):
+    """Why a rank has no part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,17 @@ class Prior:
         widths = self.width[list(samples)].tolist()
         return sum(widths) if self.packs else max(widths, default=0) * len(widths)
 
+    def expected_cost(self, room: float) -> float:
+        """What a batch costs where a loader's takes `room`: of samples as wide as each other, all that fit, or one.
+
+        0 without room.
+        """
+        if not room > 0:
+            return 0.0
+        width = np.maximum(self.width, 1)
+        num = np.maximum(room / width if self.packs else math.ceil(room) // width, 1)
+        return float(width.sum() / (1 / num).sum())
+
 
 def prepared(rehearsal: Rehearsal, meetings: Meetings) -> Prior:
     """The prior data, asked now unless they were before: a collective of all ranks.
@@ -49,11 +69,9 @@ def prepared(rehearsal: Rehearsal, meetings: Meetings) -> Prior:
         RankError: another rank has failed.
     """
     found: Prior | None = rehearsal.measured.get("prior")
-    if not meetings.are_several:
-        if found is None:
-            found = _of(rehearsal, _measured(rehearsal, meetings))
-    elif min(meetings.lengths(int(found is not None))) == 0:
-        found = _of(rehearsal, _measured(rehearsal, meetings))
+    if found is None if not meetings.are_several else min(meetings.lengths(int(found is not None))) == 0:
+        packs = _parts(meetings, lambda: _packs(rehearsal))[meetings.world.rank]
+        found = _of(rehearsal, _measured(rehearsal, meetings), packs)
     assert found is not None
     if meetings.are_several:
         told = meetings.lengths(int(hashlib.blake2b(found.bins.fingerprint.encode(), digest_size=7).hexdigest(), 16))
@@ -66,7 +84,7 @@ def prepared(rehearsal: Rehearsal, meetings: Meetings) -> Prior:
     return found
 
 
-def _of(rehearsal: Rehearsal, columns: Columns) -> Prior:
+def _of(rehearsal: Rehearsal, columns: Columns, packs: bool) -> Prior:
     num = len(rehearsal.prior)
     is_random = rehearsal.strategy == "random"
     labels = None if is_random or rehearsal.label is None else columns["label"].tolist()
@@ -78,7 +96,7 @@ def _of(rehearsal: Rehearsal, columns: Columns) -> Prior:
             num,
             rehearsal.measure,
         )
-    return Prior(bins, columns["width"], columns["loss"], columns["was_correct"], _packs(rehearsal))
+    return Prior(bins, columns["width"], columns["loss"], columns["was_correct"], packs)
 
 
 def _packs(rehearsal: Rehearsal) -> bool:
@@ -89,7 +107,7 @@ def _packs(rehearsal: Rehearsal) -> bool:
 
 def _measured(rehearsal: Rehearsal, meetings: Meetings) -> Columns:
     """What was found on the disk by any rank, or all ranks' shares; and from now on it is on the disk."""
-    path = path_of(rehearsal)
+    path = _parts(meetings, lambda: path_of(rehearsal))[meetings.world.rank]
     stored = read(path)
     holders = meetings.lengths(int(stored is not None)) if meetings.are_several else [int(stored is not None)]
     if not any(holders) and rehearsal.strategy == "mix-cd" and meetings.world.speaks:
@@ -109,18 +127,7 @@ def _measured(rehearsal: Rehearsal, meetings: Meetings) -> Columns:
 def _shared(rehearsal: Rehearsal, meetings: Meetings) -> Columns:
     """Each rank asks for its share."""
     world, num = meetings.world, len(rehearsal.prior)
-    own: Columns | str
-    failure: Exception | None = None
-    try:
-        own = ask(rehearsal, list(world.shard(range(num))), meetings)
-    except Exception as error:  # the others wait for this rank's share
-        own, failure = f"{type(error).__name__}: {error}", error
-    parts = [meetings.from_rank(rank, own) for rank in range(world.world_size)]
-    if failure is not None:
-        raise failure
-    for rank, part in enumerate(parts):
-        if isinstance(part, str):
-            raise RankError(f"rank {rank} cannot score its share of the prior data: {part}", (rank,))
+    parts = _parts(meetings, lambda: ask(rehearsal, list(world.shard(range(num))), meetings))
     columns: Columns = {}
     for name in parts[0]:
         # Of the widest type: labels are strings of different lengths.
@@ -128,3 +135,24 @@ def _shared(rehearsal: Rehearsal, meetings: Meetings) -> Columns:
         for rank, part in enumerate(parts):
             columns[name][rank :: world.world_size] = part[name]
     return columns
+
+
+def _parts(meetings: Meetings, make: Callable[[], _T]) -> list[_T]:
+    """What each rank makes. Where one fails all do, since they wait for its part."""
+    if not meetings.are_several:
+        return [make()]
+    own: _T | _Failure
+    failure: Exception | None = None
+    try:
+        own = make()
+    except Exception as error:
+        own, failure = _Failure(f"{type(error).__name__}: {error}"), error
+    parts: list[_T] = []
+    for rank in range(meetings.world.world_size):
+        part = meetings.from_rank(rank, own)
+        if isinstance(part, _Failure) and failure is None:
+            failure = RankError(f"rank {rank} cannot prepare its share of the prior data: {part}", (rank,))
+        parts.append(part)
+    if failure is not None:
+        raise failure
+    return parts

@@ -33,6 +33,8 @@ _NO_FEEDBACK = (
     "Rehearsal(…, strategy='random')"
 )
 
+_TOO_EARLY = "nothing is rehearsed before the stream's first next(), and nothing is known of the prior data"
+
 
 class Rehearsing:
     """Owns a stream's rehearsal, on this rank. Windows are planned, and the plans taken over, in their order."""
@@ -66,21 +68,21 @@ class Rehearsing:
 
     @property
     def prior(self) -> Prior:
-        """The prior data. `RuntimeError` before the stream's first `next()`."""
+        """The prior data. `ValueError` before the stream's first `next()`."""
         if self._prior is None:
-            raise RuntimeError("nothing is known of the prior data before the stream's first next()")
+            raise ValueError(_TOO_EARLY)
         return self._prior
 
     @property
     def settled(self) -> Settled:
         if self._settled is None:
-            raise ValueError("nothing is rehearsed before the stream's first next()")
+            raise ValueError(_TOO_EARLY)
         return self._settled
 
     @property
     def ledger(self) -> Ledger:
         if self._ledger is None:
-            raise ValueError("nothing is rehearsed before the stream's first next()")
+            raise ValueError(_TOO_EARLY)
         return self._ledger
 
     # -- for the user ------------------------------------------------------------------------------
@@ -125,13 +127,13 @@ class Rehearsing:
         if logits is not None:
             right = self._judged(logits, labels_of(batch) if labels is None else labels, marked, samples)
         else:
-            right = torch.as_tensor(correct).detach().cpu()
+            right = _tensor(correct, "correct", "bools").detach().cpu()
             if right.shape != (len(samples),):
                 raise ValueError(
                     f"correct has shape {list(right.shape)} for {len(samples)} rehearsed samples: give one bool each, "
                     f"[{len(samples)}]"
                 )
-            if right.dtype.is_floating_point and not bool(((right == 0) | (right == 1)).all()):
+            if not bool(((right == 0) | (right == 1)).all()):
                 raise ValueError(f"correct holds {right[(right != 0) & (right != 1)][0]:g}: give bools, or 0 and 1")
         self.ledger.settle(samples)
         if self.spec.strategy == "random":
@@ -142,9 +144,17 @@ class Rehearsing:
             self.ledger.pending[k] += 1
             self.ledger.pending[num + k] += bool(self.prior.was_correct[sample]) and not is_right
 
-    def _judged(self, logits: Tensor, labels: Tensor | None, marked: Tensor, samples: Sequence[int]) -> Tensor:
+    def _judged(self, logits: Any, labels: Any, marked: Tensor, samples: Sequence[int]) -> Tensor:
         if labels is None:
             raise ValueError("feedback from logits needs the batch's labels: feedback(batch, logits=…, labels=…)")
+        spec = self.spec
+        if spec.strategy == "mix-cd" and spec.reads_tokens and spec.reference is None:
+            raise ValueError(
+                f"a {type(spec.scorer).__name__} has no model that tells whether the label at t is predicted at t or "
+                f"at t - 1, which {spec.criterion!r} must know: give `correct` in place of logits, or Rehearsal a "
+                "function as criterion"
+            )
+        logits, labels = _tensor(logits, "logits", "a tensor"), _tensor(labels, "labels", "a tensor")
         if marked.ndim == 1:
             if len(labels) != len(marked):
                 raise ValueError(f"labels have {len(labels)} rows, and the rehearsed batch {len(marked)}")
@@ -247,3 +257,10 @@ class Rehearsing:
         state["told"] = {key: [world.part_of(count) for count in tally] for key, tally in state["told"].items()}
         state["delivered"] = [world.part_of(cost) for cost in state["delivered"]]
         self._ledger = Ledger.from_state_dict(state)
+
+
+def _tensor(value: Any, name: str, wanted: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is a {type(value).__name__} that no tensor can be made of: give {wanted}") from None

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Real
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
@@ -50,8 +51,13 @@ class Rehearsal:
     before. Each batch has `flow_rehearsed`, int64 [B] (packed rows: [B, T]): the prior sample's index, -1 for the
     loader's own. Compute is counted in what a batch makes the model read: rows x padded width for tokens (`input_ids`
     or `attention_mask` tell), rows for all else. A rehearsed batch takes at most what the loader's largest one did so
-    far, and what is left over is carried on, so that the share is `ratio` over time. With `accumulate=k` a window gets
-    a multiple of k of them. A BatchNorm in train mode normalises each of them by its own statistics.
+    far, but for a single sample that is larger, which comes alone; what is left over is carried on, so that the share
+    is `ratio` over time. With `accumulate=k` a window gets a multiple of k of them. A BatchNorm in train mode
+    normalises each of them by its own statistics.
+
+    Rates first move after the first windows, that of the temperature's warm-up among them: for short runs set `window`
+    and `warmup_samples` small. A state has the feedback that was given, agreed upon or not yet, and not that which is
+    to come: take it after `stream.feedback`, or the batch in between is never counted.
 
     >>> rehearsal = Rehearsal(prior, scorer, bins=10, ratio=0.25)  # doctest: +SKIP
     >>> stream = FlowStream(loader, scorer, rehearsal=rehearsal)  # doctest: +SKIP
@@ -77,7 +83,8 @@ class Rehearsal:
             labels) → [B] bool, which does its own shifting.
         threshold: of "token_accuracy".
         was_correct: whether the prior model got a sample right, given as `label` is. By default its model is asked,
-            once, as the training loop asks the tuned one; a `FunctionScorer` has none.
+            once, as the training loop asks the tuned one; a `FunctionScorer` has none, so that feedback to it gives
+            `correct`, or logits with the criterion "class" or a function.
         collate_fn: samples → a batch with the fields of the loader's. It may pack: a document a sample, in order.
         strategy: "mix-cd", or "random": uniform over the prior data, which needs no feedback.
         half_life: in rehearsed samples over all ranks; `None`: nothing is forgotten.
@@ -123,6 +130,12 @@ class Rehearsal:
             raise ValueError(
                 f"bins is {self.bins!r}: give a whole number from 1 to the {len(self.prior)} prior samples"
             )
+        if not callable(self.collate_fn):
+            raise ValueError(f"collate_fn is {self.collate_fn!r:.80}: give a function, samples → a batch")
+        for name in ("ratio", "threshold", "half_life", "weight"):
+            given = getattr(self, name)
+            if not isinstance(given, Real | None if name == "half_life" else Real):
+                raise ValueError(f"{name} is {given!r:.80}: give a number")
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio is {self.ratio!r}: give the rehearsed share of all compute, between 0 and 1")
         if self.strategy not in get_args(Strategy):
@@ -136,7 +149,8 @@ class Rehearsal:
             raise ValueError(f"threshold is {self.threshold!r}: give a share of a sample's tokens, above 0")
         if self.half_life is not None and not self.half_life > 0:
             raise ValueError(f"half_life is {self.half_life!r}: give a number of samples above 0, or None")
-        if len(self.prior_counts) != 2 or not all(0 < count < math.inf for count in self.prior_counts):
+        counts = self.prior_counts if hasattr(self.prior_counts, "__len__") else ()
+        if len(counts) != 2 or not all(isinstance(count, Real) and 0 < count < math.inf for count in counts):
             raise ValueError(f"prior_counts is {self.prior_counts!r}: give two numbers above 0, or bins would freeze")
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight is {self.weight!r}: give a finite weight of at least 0")
@@ -157,7 +171,7 @@ class Rehearsal:
         kind = type(self.scorer).__name__
         if "sample" not in getattr(self.scorer, "levels", ()):
             raise ValueError(f"scorer is a {kind}: give the frozen prior model, such as CausalLMScorer(model)")
-        if self.was_correct is None and getattr(self.scorer, "_reference", None) is None:
+        if self.was_correct is None and self.reference is None:
             raise ValueError(
                 f"a {kind} has no model to ask what it got right: give was_correct=, a field of the samples or a "
                 "function of one"
@@ -166,10 +180,19 @@ class Rehearsal:
             raise ValueError(f"nothing tells one {kind} from another in a later run: leave cache at 'memory'")
 
     @property
+    def reference(self) -> Any:
+        """The frozen model that the scorer has, or `None`."""
+        return getattr(self.scorer, "_reference", None)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the criterion must know at which position a label is predicted."""
+        return self.criterion in ("token_accuracy", "exact_match")
+
+    @property
     def judge(self) -> Judge:
         """The criterion, as it is for the model of the scorer."""
-        reference = getattr(self.scorer, "_reference", None)
-        is_decoder = reference is not None and "decoder_input_ids" in reference.accepted
+        is_decoder = self.reference is not None and "decoder_input_ids" in self.reference.accepted
         return Judge(self.criterion, self.threshold, shifts=not is_decoder)
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -138,19 +139,108 @@ def check(one: dict[str, Any], other: dict[str, Any], *, accumulate: int) -> Non
     assert old / (new + old) == pytest.approx(0.4, abs=0.08)
 
 
+# -- what is neither lost nor counted twice --------------------------------------------------------
+
+
+def plain_stream(num: int, group: Any = None, **settings: Any) -> fs.FlowStream:
+    """This rank's stream of `num` samples; one bin and one rate, so that draws go through the prior data in turn."""
+    scorer = fs.FunctionScorer(lambda batch: batch["loss"], name="by key")
+    prior = Shared(torch.arange(NUM, dtype=torch.float32))
+    rehearsal = Rehearsal(prior, scorer, bins=1, ratio=0.5, was_correct=always, half_life=None)
+    usual: dict[str, Any] = {"window": 4, "cache": None, "timeout": 20.0, "rehearsal": rehearsal}
+    usual |= {"temperature": fs.RunningMedian(warmup_samples=32), "process_group": group}
+    rank = 0 if group is not None else own_rank()
+    return fs.FlowStream(shard(rank, num), scorer, **(usual | settings))
+
+
+def rehearsed_in(stream: fs.FlowStream, num: int | None = None) -> list[int]:
+    """The prior samples of the next `num` deliveries of a new epoch, with feedback on each."""
+    found: list[int] = []
+    for batch in itertools.islice(stream, num):
+        if is_rehearsed(batch):
+            found += batch["flow_rehearsed"].tolist()
+            stream.feedback(batch, torch.ones(len(batch["id"])))
+    return found
+
+
+def abandoned() -> tuple[int, float]:
+    """Epochs that are left after a window's meeting was called: what was told there, and what was counted."""
+    with plain_stream(8 * 24) as stream:
+        told = sum(len(rehearsed_in(stream, num)) for num in (3, 7, 11, 15))
+        next(iter(stream))
+        assert stream.rehearsal is not None
+        return told, float(stream.rehearsal.counts().sum())
+
+
+def stopped() -> list[int]:
+    """Cost of what a rank delivered, where the other has batches that are never delivered."""
+    with plain_stream([64, 8][own_rank()], window=8, on_uneven="stop") as stream:
+        for _ in range(30):
+            rehearsed_in(stream)
+        assert stream.rehearsal is not None
+        return stream.rehearsal.ledger.delivered
+
+
+def taken_over() -> tuple[list[int], list[int], float]:
+    """An epoch of one rank, and what the ranks drew together after it; and what they counted of its feedback."""
+    with plain_stream(8 * 8, dist.new_subgroups(1)[0]) as alone:
+        before = rehearsed_in(alone)
+        state = through_a_file(alone.state_dict())
+        assert sum(state["rehearsal"][0]["pending"]) > 0
+    with plain_stream(8 * 8) as stream:
+        stream.load_state_dict(through_a_file(fs.merge_states([state])))
+        next(iter(stream))
+        assert stream.rehearsal is not None
+        counted = float(stream.rehearsal.counts().sum())
+        stream.load_state_dict(through_a_file(fs.merge_states([state])))
+        return before, rehearsed_in(stream), counted
+
+
+def all_kept() -> list[Any]:
+    logging.getLogger("flowstream").setLevel(logging.ERROR)
+    return [abandoned(), stopped(), taken_over()]
+
+
+def test_nothing_is_lost_or_counted_twice():
+    """Feedback of abandoned epochs, compute of batches that are never delivered, a state of another number of ranks."""
+    outcomes = run_ranks(all_kept, 2)
+    assert [str(outcome.error) for outcome in outcomes if outcome.error] == []
+    left, delivered, taken = zip(*(outcome.result for outcome in outcomes), strict=True)
+    assert left[0][1] == left[1][1] == left[0][0] + left[1][0] > 100
+    new, old = (sum(column) for column in zip(*delivered, strict=True))
+    assert old / (new + old) == pytest.approx(0.5, abs=0.05)
+    (before, ours, counted), (_, theirs, others_counted) = taken
+    assert counted == others_counted == len(before) > 30
+    together = [*before, *(i for pair in zip(ours, theirs, strict=True) for i in pair)]
+    assert len(together) > NUM
+    assert sorted(together[:NUM]) == list(range(NUM))  # each once before one comes again
+
+
+class Unreadable(Known):
+    """Prior samples of which rank 1 cannot read all."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index and own_rank() == 1:
+            raise OSError("no such file")
+        return super().__getitem__(index)
+
+
 def told_apart(case: str) -> str:
     """The second rank has prior data, or a question, of its own."""
     is_first = own_rank() == 0
     prior = evenly(90) if is_first or case == "fails" else Known(torch.arange(90.0).flip(0))
     scorer = fs.FunctionScorer(lambda batch: batch["loss"])
-    rehearsal = Rehearsal(prior, scorer, bins=3, was_correct=right_on_first if case == "fails" else always)
+    right = right_on_first if case == "fails" else always
+    rehearsal = Rehearsal(prior, scorer, bins=3, was_correct=right)
+    if case == "unreadable":
+        rehearsal = Rehearsal(Unreadable(torch.arange(90.0)), scorer, strategy="random")
     alone = fs.FlowStream(shard(0, 64), scorer, rehearsal=rehearsal, process_group=dist.new_subgroups(1)[0])
     if case == "known before":
         alone._running.rehearsing.prepare(alone._meetings)
     stream = fs.FlowStream(shard(0, 64), scorer, rehearsal=rehearsal, timeout=20.0)
     try:
         next(iter(stream))
-    except (ValueError, fs.RankError) as error:
+    except (OSError, ValueError, fs.RankError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
 
@@ -162,14 +252,16 @@ def right_on_first(_: object) -> bool:
 
 
 def both_told_apart() -> list[str]:
-    return [told_apart(case) for case in ("known before", "fails")]
+    return [told_apart(case) for case in ("known before", "fails", "unreadable")]
 
 
 def test_ranks_that_cannot_rehearse_together_say_so():
     outcomes = run_ranks(both_told_apart, 2)
     assert [str(outcome.error) for outcome in outcomes if outcome.error] == []
-    (known, failed), (others_known, own_failure) = (outcome.result for outcome in outcomes)
+    (known, failed, unread), (others_known, own_failure, own_unread) = (outcome.result for outcome in outcomes)
     for told in (known, others_known):
         assert "the ranks' prior data differ" in told
-    assert "rank 1 cannot score its share of the prior data: ValueError: no such sample" in failed
+    assert "rank 1 cannot prepare its share of the prior data: ValueError: no such sample" in failed
     assert own_failure.startswith("ValueError: no such sample")
+    assert "rank 1 cannot prepare its share of the prior data: OSError: no such file" in unread
+    assert own_unread.startswith("OSError: no such file")

@@ -72,6 +72,14 @@ def test_classes_and_distributions():
     assert judge.right(logits, torch.tensor([[0.4, 0.6], [0.9, 0.1], [0.8, 0.2]])).tolist() == [True, True, False]
 
 
+def test_logits_that_are_no_numbers_are_never_right():
+    nothing = torch.full((2, 3, 5), float("nan"))
+    nothing[1, :, 0] = 1.0
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    assert Judge("token_accuracy").right(nothing, labels).tolist() == [False, False]
+    assert Judge("class").right(nothing[:, 0], labels[:, 0]).tolist() == [False, False]
+
+
 def test_a_criterion_of_ones_own():
     logits = torch.randn(3, 2, requires_grad=True)
     judge = Judge(lambda logits, labels: logits[:, 0] > labels)

@@ -187,6 +187,20 @@ def test_training_a_classifier_with_soft_labels_and_batchnorm():
         assert torch.equal(value, before[name]), name
 
 
+def test_the_frozen_model_reads_the_prior_data_twice_and_what_is_rehearsed_no_more():
+    torch.manual_seed(0)
+    scorer = fs.ClassifierScorer(nn.Linear(4, 3))
+    rows: list[int] = []
+    scorer._reference.model.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    prior = TensorDataset(torch.randn(30, 4), torch.arange(30) % 3)
+    loader = DataLoader(TensorDataset(torch.randn(80, 4), torch.arange(80) % 3), batch_size=8)
+    rehearsal = Rehearsal(prior, scorer, bins=2, ratio=0.5, criterion="class")
+    with fs.FlowStream(loader, scorer, rehearsal=rehearsal, window=2, cache=None) as stream:
+        num = sum(int((rehearsed >= 0).sum()) for *_, rehearsed in stream)
+    assert num > 60
+    assert sum(rows) == 80 + 2 * 30  # the prior's losses, then its answers
+
+
 def test_an_encoder_decoder(tiny):
     model = tiny("t5")
     scorer = fs.Seq2SeqLMScorer(model)

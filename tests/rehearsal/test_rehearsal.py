@@ -351,6 +351,11 @@ def test_states_of_another_rehearsal_are_refused():
         ({"bins": 0}, "bins is 0"),
         ({"ratio": 0.0}, "ratio is 0.0"),
         ({"ratio": 1}, "ratio is 1"),
+        ({"ratio": "a"}, "ratio is 'a': give a number"),
+        ({"half_life": "a"}, "half_life is 'a': give a number"),
+        ({"collate_fn": 3}, "collate_fn is 3: give a function"),
+        ({"prior_counts": None}, "prior_counts is None: give two numbers"),
+        ({"prior_counts": (1, "b")}, "give two numbers"),
         ({"strategy": "mix"}, "choose 'mix-cd' or 'random'"),
         ({"criterion": "f1"}, "criterion is 'f1'"),
         ({"threshold": 0.0}, "threshold is 0.0"),
@@ -400,6 +405,12 @@ def test_fields_that_differ_are_named(change, message):
 
 def test_feedback_that_cannot_be():
     with stream_of(rehearsal_of(evenly(90))) as stream:
+        assert stream.rehearsal is not None
+        for early in ("rates", "counts"):
+            with pytest.raises(ValueError, match="nothing is rehearsed before"):
+                getattr(stream.rehearsal, early)()
+        with pytest.raises(ValueError, match="nothing is rehearsed before"):
+            assert stream.rehearsal.prior
         with pytest.raises(ValueError, match="nothing is rehearsed before"):
             stream.feedback(torch.tensor([3]), torch.tensor([True]))
         batch = next(batch for batch in stream if is_rehearsed(batch))
@@ -408,6 +419,13 @@ def test_feedback_that_cannot_be():
             stream.feedback(batch, right[1:])
         with pytest.raises(ValueError, match=r"correct holds 0\.5"):
             stream.feedback(batch, right * 0.5)
+        for value, dtype in ((2, torch.int64), (-100, torch.int32), (255, torch.uint8), (float("nan"), torch.float32)):
+            with pytest.raises(ValueError, match=f"correct holds {value:g}: give bools"):
+                stream.feedback(batch, torch.full((16,), value, dtype=dtype))
+        with pytest.raises(ValueError, match="correct is a list that no tensor can be made of"):
+            stream.feedback(batch, ["yes"] * 16)
+        with pytest.raises(ValueError, match="FunctionScorer has no model that tells .* 'token_accuracy' must know"):
+            stream.feedback(batch, logits=torch.zeros(16, 3, 2), labels=torch.zeros(16, 3))
         with pytest.raises(ValueError, match="either `correct`"):
             stream.feedback(batch)
         with pytest.raises(ValueError, match="either `correct`"):
@@ -421,11 +439,40 @@ def test_feedback_that_cannot_be():
         other = min(set(range(90)) - set(batch["flow_rehearsed"].tolist()))
         with pytest.raises(ValueError, match=f"prior sample {other} \\(1 of 2\\), which awaits none"):
             stream.feedback(torch.tensor([int(batch["flow_rehearsed"][0]), other]), right[:2])
-        stream.feedback(batch, right)
+        stream.feedback(batch, right.int())
         with pytest.raises(ValueError, match=r"\(16 of 16\), which awaits none"):
             stream.feedback(batch, right)
     with pytest.raises(ValueError, match="rehearses nothing"):
         stream_of(None).feedback(batch, right)
+
+
+@pytest.mark.parametrize("criterion", ["class", lambda logits, labels: logits.argmax(-1) == labels])
+def test_logits_are_judged_without_a_model_where_no_position_matters(criterion):
+    with stream_of(rehearsal_of(evenly(90), criterion=criterion)) as stream:
+        batch = next(batch for batch in stream if is_rehearsed(batch))
+        with pytest.raises(ValueError, match="labels is a list that no tensor can be made of"):
+            stream.feedback(batch, logits=torch.zeros(16, 2), labels=["a"] * 16)
+        logits, labels = torch.eye(2).repeat(8, 1), np.zeros(16, dtype=np.int64)
+        stream.feedback(batch, logits=logits, labels=labels)
+        assert stream.rehearsal is not None
+        assert sum(stream.rehearsal.ledger.pending) == 16 + 8
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 24), (4, 24), (4, 96), (4, 3)])
+def test_the_first_window_knows_how_wide_the_prior_samples_are(rows, width):
+    """Three times as wide as a batch of the loader's, as its rows, or narrower: one window, the warm-up's."""
+
+    def row(length: int, loss: float) -> dict[str, Any]:
+        return {"input_ids": torch.ones(length, dtype=torch.int64), "loss": torch.tensor(loss)}
+
+    loader = list(DataLoader([row(8, 1.0 + i) for i in range(48 * rows)], batch_size=rows))
+    rehearsal = Rehearsal([row(width, float(i)) for i in range(40)], by_key, bins=2, ratio=0.25, was_correct=always)
+    with fs.FlowStream(loader, by_key, rehearsal=rehearsal, window=48, cache=None) as stream:
+        read = {False: 0, True: 0}
+        for batch in stream:
+            read[is_rehearsed(batch)] += batch["input_ids"].numel()
+    late = read[False] / 3 - read[True]
+    assert 0 <= late < max(width, 8 * rows)
 
 
 def test_the_states_of_two_ranks_go_on_as_one():
