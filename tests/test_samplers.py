@@ -225,6 +225,7 @@ def test_thin_is_unbiased_for_every_statistic_over_a_stream_sorted_by_difficulty
     assert ((per_sample**2).mean() - 1) < 5 * math.sqrt(2 / 400)
 
 
+@pytest.mark.soak
 def test_stopping_by_the_realised_count_would_be_biased():
     losses = sorted_losses(400)
     weights, g = np.exp(-losses / np.median(losses)), statistics(losses)
