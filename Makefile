@@ -13,9 +13,10 @@ compare: .venv/demo.done
 	$(PIP) --editable '.[train]'
 	$(BIN)/flowstream compare --lrs 4e-4,1.6e-3 --seeds 6
 
-# Three tests at a time, each on one core: on two cores, since those of many ranks mostly wait.
+# Three tests at a time, each on one core: on two cores, since those of many ranks mostly wait. Neighbours stay together,
+# which share what they are tried on.
 test: .venv/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # What a test does ten times with a fixed seed, a hundred times with another each time; what it does here and there,
 # everywhere.

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -232,9 +233,13 @@ def test_interrupted_by_the_user_it_goes_on_to_the_same_bits(
         _thread.interrupt_main()
 
     thread = threading.Thread(target=press)
-    thread.start()
-    assert run("compare", **place.options(out=tmp_path, **ASKED)) == 130
-    thread.join()
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    try:
+        thread.start()
+        assert run("compare", **place.options(out=tmp_path, **ASKED)) == 130
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, heard)
     times = times_of(tmp_path)
     assert run("compare", **place.options(out=tmp_path, **ASKED)) == 0
     assert_goes_on(tmp_path, whole, times, capsys.readouterr().out)
