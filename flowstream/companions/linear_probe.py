@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -227,12 +227,8 @@ def _check_layer(model: nn.Module, name: str, old: nn.Module, inputs: Inputs) ->
 
 def _features(model: nn.Module, name: str, inputs: Inputs) -> Tensor:
     """What the head takes; the model is run no further."""
-    with _stopping_at(model.get_submodule(name)) as reached:
-        try:
-            with torch.no_grad():
-                inputs.run(model)
-        except _Reached:
-            pass
+    with _stopping_at(model.get_submodule(name)) as reached, suppress(_Reached), torch.no_grad():
+        inputs.run(model)
     features: Tensor = reached[0]
     return features
 

@@ -98,7 +98,7 @@ class CellStore:
         for cell, step in parameters:
             self._path(cell, step).unlink(missing_ok=True)
 
-    def test_measures(self) -> dict[Place, Measures]:
+    def tested(self) -> dict[Place, Measures]:
         """Of the chosen points, once the seed is judged."""
         if not self._test.exists():
             return {}

@@ -100,7 +100,7 @@ class _Bench:
     def __init__(self, plan: Plan, seed: int, store: CellStore, report: Report) -> None:
         self._plan, self._settings, self._seed, self._report = plan, plan.settings, seed, report
         self._store = store
-        self.tested: dict[Place, Measures] = store.test_measures()
+        self.tested: dict[Place, Measures] = store.tested()
         self.results: list[RunResult] = []
         self.num_kept = self.num_cells = 0
         self._kept: set[tuple[Cell, int]] = set()

@@ -85,7 +85,7 @@ def _right(rehearsal: Rehearsal, which: Sequence[int], samples: list[Any], batch
             bool(_asked(rehearsal.was_correct, sample, "was_correct", i))
             for i, sample in zip(which, samples, strict=True)
         ]
-    logits, labels = _answer(rehearsal.scorer._reference, batch)  # type: ignore[attr-defined]
+    logits, labels = _answer(rehearsal.reference, batch)
     right: list[bool] = rehearsal.judge.right(logits, labels, score.segment, len(samples)).tolist()
     return right
 
